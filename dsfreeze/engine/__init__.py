@@ -1,0 +1,85 @@
+"""The engine: the only place that imports deepspeed or torch.distributed.
+
+`Engine` is what the loop knows of it; `local.py` is plain PyTorch in one process, the reference that `zero.py`
+(DeepSpeed ZeRO 0-3) is held against. Import those modules only where an engine is built: they are heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from dsfreeze.plan import Phase
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on this rank. The first four are counted from live objects; `allocated` and `peak` are the device's
+    (CUDA allocator), or the process's resident set on a CPU."""
+
+    weights: int
+    gradients: int
+    masters: int
+    optimizer_state: int
+    allocated: int
+    peak: int
+
+
+#: Full (unsharded) CPU tensors of one trained parameter: `weight` in the model's dtype, fp32 `master` (absent in fp32, where the weight
+#: is its own master), fp32 `exp_avg` and `exp_avg_sq`, and `step` as a 0-dim fp32 tensor; the last three are absent before a first step.
+TensorState = dict[str, "torch.Tensor"]
+
+
+class Engine(Protocol):
+    """One rank's hold on the model while it trains. Collective calls are marked; every rank must make them."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    module: nn.Module
+
+    def enter(self, phase: Phase) -> None:
+        """Make exactly the phase's tensors trainable (collective: digests of the set are compared first)."""
+
+    def forward_backward(self, batch: Mapping[str, torch.Tensor], weight: float) -> float:
+        """Backward of `weight` x the model's own (mean) loss; returns that product. With weight 0 the batch is a filler.
+
+        Called gradient_accumulation_steps times before `step`. Gradients SUM over ranks and micro-steps: whoever calls
+        passes local items / global items as the weight, so that a step does not depend on the world size.
+        """
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update, clear gradients; returns the global gradient norm before clipping (collective)."""
+
+    def no_grad_forward(self, batch: Mapping[str, torch.Tensor]) -> Any:
+        """The module's output in eval mode without a graph (collective at stage 3)."""
+
+    def generate(self, batch: Mapping[str, torch.Tensor], **options: Any) -> torch.Tensor:
+        """`module.generate` in eval mode, greedy unless told otherwise (collective at stage 3)."""
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over ranks in float64 (collective)."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """The ranks' values in rank order, on every rank (collective; our own objects only)."""
+
+    def barrier(self) -> None: ...
+
+    def export_state(self) -> dict[str, TensorState]:
+        """State of every trained tensor by name, full and on the CPU, on rank 0; {} elsewhere (collective)."""
+
+    def load_state(self, state: Mapping[str, TensorState]) -> None:
+        """Put back what `export_state` gave, at any stage and world size; every rank passes all of it (collective)."""
+
+    def export_weights(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Full CPU copies of the named parameters in the model's dtype, on rank 0; {} elsewhere (collective)."""
+
+    def memory(self, *, reset_peak: bool = False) -> Memory: ...
+
+    def close(self) -> None:
+        """Leave the process group in order; no call may follow (collective unless another rank died)."""

@@ -1,0 +1,266 @@
+"""The recipe: what the user asks for, checked whole before anything runs.
+
+YAML plus `key=value` overrides become one `Recipe`; every mistake is reported at once, with its line and the nearest
+valid name. No torch here.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dsfreeze.errors import UserError, did_you_mean
+
+TASKS = ("classification", "tokens", "causal_lm", "sft", "seq2seq")
+Task = Literal["classification", "tokens", "causal_lm", "sft", "seq2seq"]
+Strategy = Literal[
+    "full", "head", "bottom", "top", "interval", "random", "middle", "ranked", "patterns",
+    "bitfit", "norms", "attention", "lora", "dora",
+]  # fmt: skip
+
+
+class Section(BaseModel):
+    """A part of the recipe: immutable, no unknown keys, its attribute docstrings are the documentation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelOptions(Section):
+    """`model:` is a name or this section."""
+
+    name: str
+    """A hub id, a folder, a `.gguf` file, or a name that `dsfreeze models` lists."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Overrides every dropout probability of the model's config; None keeps them."""
+    attn_implementation: str | None = None
+    """transformers' attention implementation (`sdpa`, `eager`, `flash_attention_2`); None lets it choose."""
+    trust_remote_code: bool = False
+    """Run code that a hub repository brings along. Off, and warned about when on."""
+
+
+class DataOptions(Section):
+    """Where examples come from and which columns mean what. Columns that are None are recognised by their usual names."""
+
+    train: str | None = "builtin:nli"
+    """Hub id (`org/set` or `org/set:config`), folder, or a json, jsonl(.gz), csv, parquet or arrow file; `builtin:nli` is generated."""
+    eval: str | None = "builtin:nli"
+    """The same for evaluation; None trains without."""
+    train_split: str = "train"
+    """Split of a hub dataset or folder to train on."""
+    eval_split: str = "validation"
+    """Split of a hub dataset or folder to evaluate on."""
+    text: list[str] | None = None
+    """Text column(s): one, or a pair for sentence pairs; source and target for seq2seq."""
+    label: str | None = None
+    """Label column (classification), tag column (tokens)."""
+    labels: list[str] | None = None
+    """Label names in index order; None reads them from the training data. A regression target has none: see `num_labels`."""
+    num_labels: Annotated[int, Field(ge=1)] | None = None
+    """Number of classes; 1 makes classification a regression. None counts the training data's."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer"] = "auto"
+    """Shape of sft examples; `auto` recognises it by the columns."""
+    answer_only: bool = True
+    """sft: loss on the answers alone (True) or on every token."""
+    packing: bool = False
+    """sft: several examples a sequence, each attending to itself alone; causal_lm always fills its sequences."""
+    max_length: Annotated[int, Field(ge=2)] = 512
+    """Longest sequence, in tokens; longer ones are cut (from the right)."""
+    max_train_examples: Annotated[int, Field(ge=1)] | None = None
+    """Train on a seeded sample of this many examples."""
+    max_eval_examples: Annotated[int, Field(ge=1)] | None = None
+    """Evaluate on the first so many examples."""
+    prefix: str = ""
+    """seq2seq: text before every source ("translate English to German: ")."""
+    metrics: list[str] | None = None
+    """Evaluation metrics; None takes the task's own (see `dsfreeze evaluate --help`)."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128
+    """Longest generated answer, for metrics that generate (rouge, bleu, exact_match)."""
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _one_or_two(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("text")
+    @classmethod
+    def _at_most_two(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and len(value) not in (1, 2):
+            raise ValueError(f"names {len(value)} columns; write one column, or a pair")
+        return value
+
+
+class AdapterOptions(Section):
+    """Low-rank adapters on the matrices of the trainable layers; their own weights stay frozen."""
+
+    kind: Literal["lora", "dora"] = "lora"
+    """LoRA (arXiv 2106.09685) or DoRA (2402.09353)."""
+    r: Annotated[int, Field(ge=1)] = 8
+    """Rank."""
+    alpha: Annotated[float, Field(gt=0)] = 16
+    """Scale: the update counts alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    categories: list[str] = ["q", "k", "v", "o", "up", "gate", "down"]
+    """Matrices that get one; a fused matrix counts when any of its parts is named."""
+
+
+class FreezeOptions(Section):
+    """Which tensors train."""
+
+    strategy: Strategy = "bottom"
+    """How the frozen layers are chosen; README has the table."""
+    fraction: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the units (layers, by default) to freeze; with `count` unset, 0.5."""
+    count: Annotated[int, Field(ge=0)] | None = None
+    """Number of units to freeze, instead of `fraction`."""
+    round: Literal["floor", "nearest", "ceil"] = "floor"
+    """Rounding of fraction x units (the paper is silent; floor is ours)."""
+    offset: Annotated[int, Field(ge=0)] | None = None
+    """interval: freeze unit i when (i - offset) % every == 0; None freezes when (i + 1) % every == 0, so layers.0 trains."""
+    granularity: Literal["layer", "matrix", "category", "bias"] = "layer"
+    """Units that are frozen: whole layers; single matrices; matrices within each category; or layers of which the biases alone train."""
+    embed: Literal["auto", "freeze", "train"] = "auto"
+    """The embedding; auto freezes it exactly when layers.0 is frozen whole."""
+    norm: Literal["freeze", "train"] = "train"
+    """The final norm."""
+    head: Literal["auto", "freeze", "train"] = "auto"
+    """The head; auto trains it, unless it is tied to a frozen embedding."""
+    seed: int = 42
+    """random: seed of the draw."""
+    scores: Path | None = None
+    """ranked: file of scores; the lowest-scored units are frozen."""
+    trainable: list[str] | None = None
+    """patterns: globs on whole path components (`layers.1.*` never means layers.10); what they match trains, the rest is frozen."""
+    frozen: list[str] | None = None
+    """patterns: what they match is frozen, the rest trains; may be given beside `trainable`, and wins."""
+    unfrozen_parameters: list[str] | None = None
+    """Spectrum's and axolotl's spelling: regular expressions matched from the start of the name."""
+    freeze_trainable_layers: int | None = None
+    """LLaMA-Factory's spelling: n > 0 trains the last n layers, n < 0 the first -n; embedding, norm and head frozen."""
+    adapter: AdapterOptions | None = None
+    """Adapters on the trainable layers instead of their own weights."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> FreezeOptions:
+        if self.fraction is not None and self.count is not None:
+            raise ValueError("fraction and count exclude each other; keep one")
+        if self.strategy == "ranked" and self.scores is None:
+            raise ValueError("strategy 'ranked' needs freeze.scores, a file that `dsfreeze analyze` writes")
+        if self.strategy == "patterns" and not (self.trainable or self.frozen or self.unfrozen_parameters):
+            raise ValueError("strategy 'patterns' needs freeze.trainable or freeze.frozen, a list of patterns")
+        return self
+
+
+class TrainOptions(Section):
+    """`train:` uses the argument names of transformers.TrainingArguments."""
+
+    output_dir: Path = Path("runs/run")
+    """Where the record, the checkpoints and the exported model go."""
+    max_steps: int = -1
+    """Optimizer steps; -1 trains num_train_epochs."""
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Passes over the training data."""
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] = 8
+    """Examples per rank and micro-step."""
+    per_device_eval_batch_size: Annotated[int, Field(ge=1)] = 8
+    """Examples per rank when evaluating."""
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
+    """Micro-steps per optimizer step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    """Peak learning rate of AdamW."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decay; never on biases and norms."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's beta1."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """AdamW's beta2."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Global norm to which gradients are clipped; 0 does not clip."""
+    optim: Literal["adamw_torch"] = "adamw_torch"
+    """The optimizer. GaLore-like optimizers cannot work on ZeRO's flattened tensors."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """Schedule of the learning rate, from transformers."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up."""
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Warm-up as a share of the run, when warmup_steps is 0."""
+    logging_steps: Annotated[int, Field(ge=1)] = 10
+    """How often trackers are told; steps.jsonl has every step."""
+    eval_strategy: Literal["no", "steps", "epoch", "end"] = "end"
+    """When to evaluate during training (before and after are `end`)."""
+    eval_steps: Annotated[int, Field(ge=1)] = 500
+    """Steps between evaluations, with eval_strategy steps."""
+    save_strategy: Literal["no", "steps", "epoch"] = "steps"
+    """When to write checkpoint-N."""
+    save_steps: Annotated[int, Field(ge=1)] = 500
+    """Steps between checkpoints, with save_strategy steps."""
+    save_total_limit: Annotated[int, Field(ge=1)] | None = None
+    """Keep only the newest so many checkpoints."""
+    resume_from_checkpoint: bool | Path | None = None
+    """True continues from the newest whole checkpoint in output_dir, a path from that one."""
+    seed: int = 42
+    """Seeds model heads, data order and dropout."""
+    bf16: bool = False
+    """bf16 weights with fp32 masters of the trainable tensors; False is fp32 throughout."""
+    gradient_checkpointing: bool = False
+    """Recompute activations, from the lowest trainable layer up, non-reentrant."""
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    """Only {use_reentrant: false} is possible: reentrant checkpointing gives layers above a frozen prefix no gradient."""
+    report_to: list[Literal["tensorboard", "wandb"]] = []
+    """Trackers beside the record."""
+    run_name: str | None = None
+    """Name for trackers; None takes output_dir's."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        if value in (None, "none"):
+            return []
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("max_steps")
+    @classmethod
+    def _steps(cls, value: int) -> int:
+        if value < 1 and value != -1:
+            raise ValueError(f"is {value}; write a positive number of steps, or -1 to train num_train_epochs")
+        return value
+
+    @field_validator("gradient_checkpointing_kwargs")
+    @classmethod
+    def _non_reentrant(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value not in (None, {}, {"use_reentrant": False}):
+            raise ValueError(
+                f"is {value}; write {{use_reentrant: false}} or leave it out: reentrant checkpointing "
+                "gives the layers above a frozen prefix no gradient"
+            )
+        return value
+
+
+class Recipe(Section):
+    """One run, as its user asks for it."""
+
+    model: ModelOptions
+    """The model: a name, or a section with `name` and options."""
+    task: Task = "classification"
+    """What is learnt: sequence classification (or regression), token tags, plain text, chats and instructions, source to target."""
+    data: DataOptions = DataOptions()
+    """The examples."""
+    freeze: FreezeOptions = FreezeOptions()
+    """What trains and what does not."""
+    zero: str = "zero2"
+    """A name under ds_configs/, a path to a DeepSpeed JSON, or `local`: plain PyTorch in one process."""
+    train: TrainOptions = TrainOptions()
+    """How it is trained."""
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
