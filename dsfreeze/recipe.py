@@ -127,8 +127,8 @@ class FreezeOptions(Section):
     """Units that are frozen: whole layers; single matrices; matrices within each category; or layers of which the biases alone train."""
     embed: Literal["auto", "freeze", "train"] = "auto"
     """The embedding; auto freezes it exactly when layers.0 is frozen whole."""
-    norm: Literal["freeze", "train"] = "train"
-    """The final norm."""
+    norm: Literal["auto", "freeze", "train"] = "auto"
+    """The final norm; auto trains it, except where a strategy says itself what trains (head, bitfit, attention, patterns) and with adapters."""
     head: Literal["auto", "freeze", "train"] = "auto"
     """The head; auto trains it, unless it is tied to a frozen embedding."""
     seed: int = 42
@@ -146,13 +146,22 @@ class FreezeOptions(Section):
     adapter: AdapterOptions | None = None
     """Adapters on the trainable layers instead of their own weights."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _patterns_imply_their_strategy(cls, values: Any) -> Any:
+        keys = ("trainable", "frozen", "unfrozen_parameters", "freeze_trainable_layers")
+        if isinstance(values, dict) and "strategy" not in values and any(values.get(key) is not None for key in keys):
+            return {**values, "strategy": "patterns"}
+        return values
+
     @model_validator(mode="after")
     def _agree(self) -> FreezeOptions:
         if self.fraction is not None and self.count is not None:
             raise ValueError("fraction and count exclude each other; keep one")
         if self.strategy == "ranked" and self.scores is None:
             raise ValueError("strategy 'ranked' needs freeze.scores, a file that `dsfreeze analyze` writes")
-        if self.strategy == "patterns" and not (self.trainable or self.frozen or self.unfrozen_parameters):
+        named = self.trainable or self.frozen or self.unfrozen_parameters or self.freeze_trainable_layers is not None
+        if self.strategy == "patterns" and not named:
             raise ValueError("strategy 'patterns' needs freeze.trainable or freeze.frozen, a list of patterns")
         return self
 
