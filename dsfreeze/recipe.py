@@ -213,6 +213,8 @@ class TrainOptions(Section):
     """Steps between checkpoints, with save_strategy steps."""
     save_total_limit: Annotated[int, Field(ge=1)] | None = None
     """Keep only the newest so many checkpoints."""
+    export: bool = True
+    """Write the trained model to output_dir/model at the end, as a folder `from_pretrained` loads."""
     resume_from_checkpoint: bool | Path | None = None
     """True continues from the newest whole checkpoint in output_dir, a path from that one."""
     seed: int = 42

@@ -1,0 +1,226 @@
+"""The command line: parses, calls, prints. Every command takes `--json`: one object on standard output, nothing else there;
+progress and warnings go to standard error.
+
+Exit codes: 0 done, 1 a bug of ours, 2 a mistake that the message says how to mend, 128 + n ended by signal n.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from dsfreeze.errors import UserError
+from dsfreeze.interrupt import Interrupted
+from dsfreeze.recipe import Recipe
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="rich",
+    help="Choose which layers to fine-tune, know what it costs, and train exactly that under DeepSpeed ZeRO.",
+)  # fmt: skip
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[RECIPE.yaml] [KEY=VALUE]...", help="A recipe, overrides of its keys, or both."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command and return its exit code; a UserError is printed without a traceback."""
+    try:
+        return int(app(list(arguments), standalone_mode=False) or 0)
+    except UserError as error:
+        _say(f"[bold red]error:[/] {_escape(str(error))}")
+        return 2
+    except Interrupted as interrupted:
+        _say(f"[bold yellow]stopped:[/] {_escape(str(interrupted))}")
+        return interrupted.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if not hasattr(error, "show"):  # only click's own errors (a missing argument, an unknown option) can show themselves
+            raise
+        error.show(file=sys.stderr)
+        return 2
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _say(message: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(message, highlight=False)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def _is_leader() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def read_words(words: Sequence[str] | None) -> Recipe:
+    """A recipe from the command line's words: at most one file, the rest `key=value`."""
+    from dsfreeze.recipe_reader import load_recipe
+
+    files = [word for word in words or () if "=" not in word or Path(word).is_file()]
+    overrides = [word for word in words or () if word not in files]
+    if len(files) > 1:
+        raise UserError(f"Two recipes given: {files[0]} and {files[1]}. Name one; overrides are written key=value.")
+    return load_recipe(Path(files[0]) if files else None, overrides)
+
+
+# -- commands ----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def train(
+    words: Words = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved recipe and DeepSpeed config.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Fine-tune: `dsfreeze train recipe.yaml freeze.fraction=0.75`."""
+    recipe = read_words(words)
+    if print_config:
+        return _print_config(recipe, as_json)
+    from dsfreeze.loop import train as train_recipe
+
+    summary = train_recipe(recipe, Console(stderr=True))
+    if _is_leader():
+        if as_json:
+            _print_json(summary)
+        else:
+            from dsfreeze.tables import summary_table
+
+            Console().print(summary_table(summary))
+    return 0
+
+
+def _print_config(recipe: Recipe, as_json: bool) -> int:
+    import yaml
+
+    from dsfreeze.zero_config import deepspeed_config, is_local
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    config = {} if is_local(recipe) else deepspeed_config(recipe, world_size)
+    resolved = {"recipe": recipe.model_dump(mode="json"), "deepspeed": config}
+    if as_json:
+        _print_json(resolved)
+    else:
+        sys.stdout.write(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+    return 0
+
+
+@app.command()
+def plan(
+    words: Words = None,
+    world_size: Annotated[int, typer.Option(help="Ranks to price the plan for.", min=1)] = 1,
+    as_json: AsJson = False,
+) -> int:
+    """Show what a freeze plan trains and costs, before anything runs."""
+    from dsfreeze.estimate import estimate
+    from dsfreeze.picture import draw, plan_as_dict
+    from dsfreeze.strategies import make_plan
+    from dsfreeze.zero_config import deepspeed_config, is_local, offload_of, stage_of
+
+    recipe = read_words(words)
+    anatomy = _anatomy(recipe)
+    freeze_plan = make_plan(anatomy, recipe.freeze)
+    config = None if is_local(recipe) else deepspeed_config(recipe, world_size)
+    cost = estimate(
+        freeze_plan.adapted(anatomy), freeze_plan,
+        stage=stage_of(config) if config else 0, world_size=world_size,
+        dtype_bytes=2 if recipe.train.bf16 else 4, offload=bool(config and offload_of(config)),
+        sequence_length=recipe.data.max_length,
+    )  # fmt: skip
+    if as_json:
+        _print_json(plan_as_dict(anatomy, freeze_plan, cost))
+    else:
+        Console().print(draw(anatomy, freeze_plan, cost))
+    return 0
+
+
+def _anatomy(recipe: Recipe) -> Any:
+    """A shipped anatomy where the model's name has one (no torch), else read on the meta device."""
+    from dsfreeze.anatomy import load_shipped, shipped
+
+    num_labels = len(recipe.data.labels) if recipe.data.labels else recipe.data.num_labels or 2
+    if recipe.model.name in shipped():
+        return load_shipped(recipe.model.name).for_task(recipe.task, num_labels)
+    from dsfreeze.model import anatomy_of
+
+    return anatomy_of(recipe.model, recipe.task, num_labels)
+
+
+@app.command()
+def evaluate(words: Words = None, as_json: AsJson = False) -> int:
+    """Evaluate a model without training: a recipe, or a run's folder (its exported model)."""
+    from dsfreeze.commands import evaluate_recipe, recipe_of_run
+
+    run_folder = next((Path(word) for word in words or () if Path(word).is_dir()), None)
+    rest = [word for word in words or () if run_folder is None or Path(word) != run_folder]
+    recipe = recipe_of_run(run_folder, rest) if run_folder else read_words(rest)
+    metrics = evaluate_recipe(recipe)
+    if as_json:
+        _print_json({"model": recipe.model.name, "metrics": metrics})
+    else:
+        from dsfreeze.tables import metrics_table
+
+        Console().print(metrics_table(recipe.model.name, metrics))
+    return 0
+
+
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint-N folder, or, with --base, a delta.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    delta: Annotated[bool, typer.Option("--delta", help="Write the trained tensors alone.")] = False,
+    base: Annotated[str | None, typer.Option("--base", help="Fill a delta in again from this model.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Write a complete `from_pretrained` folder from a run or checkpoint, a delta, or a delta made whole again."""
+    from dsfreeze.commands import export_folder
+
+    folder = export_folder(run_folder, output, delta=delta, base=base)
+    if as_json:
+        _print_json({"folder": str(folder)})
+    else:
+        _say(f"wrote {_escape(str(folder))}")
+    return 0
+
+
+@app.command()
+def models(as_json: AsJson = False) -> int:
+    """List the embedded models, and say what else `model:` can be."""
+    from dsfreeze.embedded import list_models
+
+    rows = list_models()
+    if as_json:
+        _print_json({"models": [vars(row) for row in rows]})
+    else:
+        from dsfreeze.tables import models_table
+
+        Console().print(models_table(rows))
+    return 0
+
+
+@app.command()
+def quickstart(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the quickstart's recipe.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Fine-tune SmolLM2-135M with its bottom 75 % frozen on a built-in task, and show what that saved."""
+    from dsfreeze.quickstart import quickstart as start
+
+    return start(words or [], as_json=as_json)
+

@@ -1,0 +1,52 @@
+"""Everything a run needs before an engine is built: recipe -> tokenizer, data, model, anatomy, plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from dsfreeze.anatomy import Anatomy
+from dsfreeze.checkpoint import Base
+from dsfreeze.data import TaskData, prepare
+from dsfreeze.model import add_adapters, base_hash, load_model, load_tokenizer, read_anatomy
+from dsfreeze.plan import FreezePlan
+from dsfreeze.recipe import Recipe
+from dsfreeze.strategies import make_plan
+
+
+@dataclass
+class Job:
+    """A recipe made concrete. `anatomy` is the module's as it trains, adapters included."""
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    data: TaskData
+    module: nn.Module
+    anatomy: Anatomy
+    plan: FreezePlan
+    base: Base
+
+
+def load_task(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, TaskData, nn.Module]:
+    """Tokenizer, tokenised examples and the model with the head the task needs (fresh heads seeded by train.seed)."""
+    tokenizer = load_tokenizer(recipe.model)
+    data = prepare(recipe, tokenizer)
+    dtype = torch.bfloat16 if recipe.train.bf16 else torch.float32
+    module = load_model(
+        recipe.model, recipe.task, data.num_labels, labels=data.labels, dtype=dtype, seed=recipe.train.seed
+    )
+    return tokenizer, data, module
+
+
+def prepare_job(recipe: Recipe, num_steps: int | None = None) -> Job:
+    """Load and plan; raises UserError for every mistake in the recipe that loading can find."""
+    tokenizer, data, module = load_task(recipe)
+    plain = read_anatomy(module, recipe.model.name)
+    plan = make_plan(plain, recipe.freeze, num_steps)
+    base = Base(recipe.model.name, base_hash(module), plain.digest)
+    if plan.adapter is not None:
+        add_adapters(module, plan.adapter, seed=recipe.train.seed)
+    return Job(recipe, tokenizer, data, module, plan.adapted(plain), plan, base)

