@@ -1,0 +1,211 @@
+"""The plan as a picture in the terminal, and as a dict for `--json`.
+
+One glyph a layer, input first; under 80 columns, and readable without colour. Where layers train in part, a row for
+each category of tensor shows which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.padding import Padding
+from rich.text import Text
+
+from dsfreeze.anatomy import Anatomy, Layer, Tensor
+from dsfreeze.estimate import Estimate, as_trained, estimate
+from dsfreeze.plan import FreezePlan, Phase
+from dsfreeze.tables import gib, million
+
+#: State of a layer -> (glyph, glyph on a terminal that has ASCII alone, colour, what the legend says).
+STATES = {
+    "prefix": ("·", ".", "blue", "frozen prefix: no gradient, no activations kept"),
+    "frozen": ("░", "-", "cyan", "frozen, but the gradient crosses it"),
+    "partly": ("▒", "+", "yellow", "trains in part"),
+    "adapter": ("◆", "@", "magenta", "adapters train, the weights are frozen"),
+    "trainable": ("█", "#", "green", "trains"),
+}
+ABSENT = " "
+PER_ROW = 60
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the picture: a label, and the state of each glyph (None draws a blank)."""
+
+    label: str
+    states: tuple[str | None, ...]
+
+
+def draw(anatomy: Anatomy, plan: FreezePlan, cost: Estimate | None = None) -> Group:
+    """The plan for a terminal: layers, legend, what trains, optimizer-state bytes and FLOPs against full tuning, notes.
+
+    `cost` defaults to `estimate`'s own defaults (ZeRO-2 on one rank, fp32).
+    """
+    anatomy = as_trained(anatomy, plan)
+    cost = cost or estimate(anatomy, plan)
+    parts: list[Any] = [Text(_title(anatomy, plan), style="bold")]
+    shown: set[str] = set()
+    for phase in plan.phases:
+        if len(plan.phases) > 1:
+            parts.append(Text(f"steps {phase.first_step} to {'the end' if phase.end is None else phase.end - 1}"))
+        rows = list(_rows(anatomy, phase))
+        shown |= {state for row in rows for state in row.states if state}
+        parts.append(Padding(Picture(tuple(rows)), (1, 0, 1, 2)))
+    parts.append(Padding(Legend(tuple(state for state in STATES if state in shown)), (0, 0, 1, 2)))
+    parts += [Text(line) for line in _figures(cost)]
+    parts += [Text(f"note: {note}", style="italic") for note in plan.notes]
+    return Group(*parts)
+
+
+def plan_as_dict(anatomy: Anatomy, plan: FreezePlan, cost: Estimate) -> dict[str, Any]:
+    """The same for programs: plain values, layers with their state and counts, the cost, the phases, the digest."""
+    anatomy = as_trained(anatomy, plan)
+    return {
+        "model": anatomy.name,
+        "model_type": anatomy.model_type,
+        "num_layers": len(anatomy.blocks),
+        "strategy": plan.strategy,
+        "digest": plan.digest,
+        "trainable": cost.trainable,
+        "total": cost.total,
+        "percent": cost.percent,
+        "bytes_per_rank": {key: getattr(cost, key) for key in _BYTES},
+        "flops_per_token": {"forward": cost.forward_flops, "backward": cost.backward_flops,
+                            "full_forward": cost.full_forward_flops, "full_backward": cost.full_backward_flops,
+                            "ratio": cost.flops_ratio},
+        "adapter": asdict(plan.adapter) if plan.adapter else None,
+        "phases": [_phase_as_dict(anatomy, phase) for phase in plan.phases],
+        "notes": [*plan.notes, *anatomy.notes],
+    }  # fmt: skip
+
+
+_BYTES = ("weights", "gradients", "masters", "optimizer_state", "on_host")
+
+
+def layer_states(anatomy: Anatomy, phase: Phase) -> dict[str, str]:
+    """The state of every layer, by name: a key of `STATES`."""
+    trainable = frozenset(phase.trainable)
+    lowest = anatomy.lowest_trainable(trainable)
+    return {
+        layer.name: _state(layer.tensors, trainable, in_prefix=index < lowest)
+        for index, layer in enumerate(anatomy.layers)
+        if layer.tensors
+    }
+
+
+def _state(tensors: Iterable[Tensor], trainable: frozenset[str], *, in_prefix: bool) -> str:
+    active = [t for t in tensors if t.name in trainable]
+    if not active:
+        return "prefix" if in_prefix else "frozen"
+    if all(t.category == "adapter" for t in active):
+        return "adapter"
+    return "trainable" if len(active) == len(tuple(tensors)) else "partly"
+
+
+def _rows(anatomy: Anatomy, phase: Phase) -> Iterator[Row]:
+    states = layer_states(anatomy, phase)
+    blocks = [layer for layer in anatomy.layers if layer.is_block]
+    if "embed" in states:
+        yield Row("embed", (states["embed"],))
+    yield from _wrapped("layers", [states[layer.name] for layer in blocks])
+    if any(states[layer.name] == "partly" for layer in blocks):
+        yield from _category_rows(anatomy, phase, blocks)
+    for end in ("norm", "head"):
+        if end in states:
+            yield Row(end, (states[end],))
+
+
+def _category_rows(anatomy: Anatomy, phase: Phase, blocks: list[Layer]) -> Iterator[Row]:
+    """Below the layers: for each category, the state of its tensors in each layer."""
+    trainable = frozenset(phase.trainable)
+    lowest = anatomy.lowest_trainable(trainable)
+    indices = {layer.name: index for index, layer in enumerate(anatomy.layers)}
+    for category in dict.fromkeys(t.category for layer in blocks for t in layer.tensors):
+        states: list[str | None] = []
+        for layer in blocks:
+            own = [t for t in layer.tensors if t.category == category]
+            states.append(_state(own, trainable, in_prefix=indices[layer.name] < lowest) if own else None)
+        yield from _wrapped("  " + category, states)
+
+
+def _wrapped(label: str, states: Iterable[str | None]) -> Iterator[Row]:
+    """Rows of at most PER_ROW glyphs; later rows are labelled with the first layer they show."""
+    states = tuple(states)
+    for start in range(0, len(states), PER_ROW):
+        yield Row(label if start == 0 else f"  from {start}", states[start : start + PER_ROW])
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Rows of glyphs, in ASCII where the terminal has nothing else."""
+
+    rows: tuple[Row, ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for row in self.rows:
+            line = Text(f"{row.label:<11}")
+            for state in row.states:
+                line.append(*_glyph(state, options))
+            yield line
+
+
+@dataclass(frozen=True)
+class Legend:
+    """What the glyphs that occur mean, a line each."""
+
+    states: tuple[str, ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for state in self.states:
+            yield Text.assemble(_glyph(state, options), f" {STATES[state][3]}")
+
+
+def _glyph(state: str | None, options: ConsoleOptions) -> tuple[str, str]:
+    if state is None:
+        return ABSENT, ""
+    glyph, plain, colour, _ = STATES[state]
+    return (plain if options.ascii_only else glyph), colour
+
+
+def _title(anatomy: Anatomy, plan: FreezePlan) -> str:
+    depth = len(anatomy.blocks)
+    return f"{anatomy.name} ({anatomy.model_type}, {depth} layers), strategy {plan.strategy}, plan {plan.digest[:12]}"
+
+
+def _figures(cost: Estimate) -> Iterator[str]:
+    states = cost.masters + cost.optimizer_state
+    host = f", {gib(cost.on_host)} of them on the host" if cost.on_host else ""
+    yield f"trainable        {million(cost.trainable)} of {million(cost.total)} parameters ({cost.percent:.2f} %)"
+    yield f"optimizer state  {gib(states)} a rank ({gib(cost.masters)} masters + {gib(cost.optimizer_state)} moments)"
+    yield f"weights          {gib(cost.weights)} a rank, gradients {gib(cost.gradients)}{host}"
+    yield (
+        f"FLOPs per token  {_si(cost.flops_per_token)} (forward {_si(cost.forward_flops)}, "
+        f"backward {_si(cost.backward_flops)})"
+    )
+    yield f"                 {100 * cost.flops_ratio:.0f} % of full tuning's {_si(cost.full_flops_per_token)}"
+
+
+def _si(number: float) -> str:
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.2f} {unit}FLOP"
+    return f"{number:.0f} FLOP"
+
+
+def _phase_as_dict(anatomy: Anatomy, phase: Phase) -> dict[str, Any]:
+    trainable = frozenset(phase.trainable)
+    states = layer_states(anatomy, phase)
+    layers = [
+        {
+            "name": layer.name,
+            "state": states[layer.name],
+            "trainable": sum(t.numel for t in layer.tensors if t.name in trainable),
+            "total": layer.numel,
+        }
+        for layer in anatomy.layers
+        if layer.tensors
+    ]
+    return {"first_step": phase.first_step, "num_steps": phase.num_steps, "layers": layers}

@@ -1,0 +1,52 @@
+"""Strategies: which tensors train, and when, as pure functions from an anatomy and options to a plan.
+
+`STRATEGIES` is the list of them; `make_plan` is how everything else calls them. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dsfreeze.anatomy import Anatomy
+from dsfreeze.errors import UserError, did_you_mean
+from dsfreeze.plan import FreezePlan
+from dsfreeze.recipe import FreezeOptions
+from dsfreeze.strategies import static
+
+#: (anatomy without adapters, options, optimizer steps of the run or None) -> plan
+Strategy = Callable[[Anatomy, FreezeOptions, int | None], FreezePlan]
+
+STRATEGIES: dict[str, Strategy] = {
+    "full": static.full,
+    "head": static.head,
+    "bottom": static.bottom,
+    "top": static.top,
+    "interval": static.interval,
+    "random": static.random,
+    "middle": static.middle,
+    "ranked": static.ranked,
+    "patterns": static.patterns,
+    "bitfit": static.bitfit,
+    "norms": static.norms,
+    "attention": static.attention,
+    "lora": static.lora,
+    "dora": static.dora,
+}
+
+_NAMING_OPTIONS = ("trainable", "frozen", "unfrozen_parameters", "freeze_trainable_layers")
+
+
+def make_plan(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
+    """The plan that the options ask for; UserError when they contradict each other or the model.
+
+    `num_steps`, the length of the run, matters to strategies that move; a static plan has one open phase.
+    """
+    if options.strategy not in STRATEGIES:
+        raise UserError(f"There is no strategy '{options.strategy}'.{did_you_mean(options.strategy, STRATEGIES)}")
+    named = [key for key in _NAMING_OPTIONS if getattr(options, key) is not None]
+    if named and options.strategy != "patterns":
+        raise UserError(
+            f"freeze.{named[0]} names what trains, but strategy '{options.strategy}' chooses it by a rule. Drop "
+            f"freeze.strategy (or write 'patterns') to go by freeze.{named[0]}, or drop freeze.{named[0]}."
+        )
+    return STRATEGIES[options.strategy](anatomy, options, num_steps)

@@ -1,0 +1,43 @@
+"""The scores file that `ranked` reads: `{"scores": {"layers.0": 0.12, ...}}`, one number per layer or tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from math import isfinite
+from pathlib import Path
+
+from dsfreeze.errors import UserError, did_you_mean
+from dsfreeze.strategies.selection import Unit
+
+
+def read_scores(path: Path) -> dict[str, float]:
+    """Scores by name; UserError when the file is missing, is no such JSON, or holds something that has no order."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"freeze.scores: there is no file '{path}'. `dsfreeze analyze` writes one.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"freeze.scores: '{path}' cannot be read as JSON: {error}.") from None
+    scores = raw.get("scores") if isinstance(raw, dict) else None
+    if not isinstance(scores, dict):
+        raise UserError(f'freeze.scores: \'{path}\' has no "scores"; write {{"scores": {{"layers.0": 0.12, ...}}}}.')
+    for name, value in scores.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"freeze.scores: '{path}' gives {name} the score {value!r}, which is not a number.")
+        if not isfinite(value):
+            raise UserError(f"freeze.scores: '{path}' gives {name} the score {value}, which cannot be ranked.")
+    return scores
+
+
+def lowest(scores: dict[str, float], units: Sequence[Unit], number: int, path: Path) -> list[int]:
+    """Indices of the `number` lowest-scored units, equals from the bottom; UserError when one has no score."""
+    missing = [unit.name for unit in units if unit.name not in scores]
+    if missing:
+        raise UserError(
+            f"freeze.scores: '{path}' has no score for {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + f".{did_you_mean(missing[0], scores, how_many_listed=0)} Scores must be those of this model, by layer "
+            "for freeze.granularity layer, by tensor for matrix or category."
+        )
+    return sorted(range(len(units)), key=lambda index: (scores[units[index].name], index))[:number]
