@@ -1,34 +1,34 @@
-"""The recipe: what the user asks for, checked whole before anything runs.
+"""The recipe: what the user asks for, as immutable sections that check themselves.
 
-YAML plus `key=value` overrides become one `Recipe`; every mistake is reported at once, with its line and the nearest
-valid name. No torch here.
+`recipe_reader.load_recipe` makes one from YAML and `key=value` overrides and words the mistakes; `recipe_reference`
+writes docs/recipe.md from the docstrings here. No torch.
 """
 
 from __future__ import annotations
 
-import types
-import typing
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from dsfreeze.errors import UserError, did_you_mean
-
+OPTIMIZERS = ("adamw_torch",)
 TASKS = ("classification", "tokens", "causal_lm", "sft", "seq2seq")
 Task = Literal["classification", "tokens", "causal_lm", "sft", "seq2seq"]
 Strategy = Literal[
     "full", "head", "bottom", "top", "interval", "random", "middle", "ranked", "patterns",
     "bitfit", "norms", "attention", "lora", "dora",
 ]  # fmt: skip
+#: A list of texts; a single one may stand alone.
+Texts = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Section(BaseModel):
     """A part of the recipe: immutable, no unknown keys, its attribute docstrings are the documentation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelOptions(Section):
@@ -45,22 +45,23 @@ class ModelOptions(Section):
 
 
 class DataOptions(Section):
-    """Where examples come from and which columns mean what. Columns that are None are recognised by their usual names."""
+    """Where examples come from and what their columns mean. A column that is None is recognised by its usual names."""
 
     train: str | None = "builtin:nli"
-    """Hub id (`org/set` or `org/set:config`), folder, or a json, jsonl(.gz), csv, parquet or arrow file; `builtin:nli` is generated."""
+    """Hub id (`org/set` or `org/set:config`), folder, or a json, jsonl(.gz), csv, parquet or arrow file; `builtin:nli`
+    is generated."""
     eval: str | None = "builtin:nli"
     """The same for evaluation; None trains without."""
     train_split: str = "train"
     """Split of a hub dataset or folder to train on."""
     eval_split: str = "validation"
     """Split of a hub dataset or folder to evaluate on."""
-    text: list[str] | None = None
+    text: Texts | None = None
     """Text column(s): one, or a pair for sentence pairs; source and target for seq2seq."""
     label: str | None = None
     """Label column (classification), tag column (tokens)."""
-    labels: list[str] | None = None
-    """Label names in index order; None reads them from the training data. A regression target has none: see `num_labels`."""
+    labels: Texts | None = None
+    """Label names in index order; None reads them from the training data. A regression has none: see `num_labels`."""
     num_labels: Annotated[int, Field(ge=1)] | None = None
     """Number of classes; 1 makes classification a regression. None counts the training data's."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer"] = "auto"
@@ -77,15 +78,10 @@ class DataOptions(Section):
     """Evaluate on the first so many examples."""
     prefix: str = ""
     """seq2seq: text before every source ("translate English to German: ")."""
-    metrics: list[str] | None = None
+    metrics: Texts | None = None
     """Evaluation metrics; None takes the task's own (see `dsfreeze evaluate --help`)."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
     """Longest generated answer, for metrics that generate (rouge, bleu, exact_match)."""
-
-    @field_validator("text", mode="before")
-    @classmethod
-    def _one_or_two(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
     @field_validator("text")
     @classmethod
@@ -106,7 +102,7 @@ class AdapterOptions(Section):
     """Scale: the update counts alpha / r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
-    categories: list[str] = ["q", "k", "v", "o", "up", "gate", "down"]
+    categories: Texts = ["q", "k", "v", "o", "up", "gate", "down"]
     """Matrices that get one; a fused matrix counts when any of its parts is named."""
 
 
@@ -122,24 +118,28 @@ class FreezeOptions(Section):
     round: Literal["floor", "nearest", "ceil"] = "floor"
     """Rounding of fraction x units (the paper is silent; floor is ours)."""
     offset: Annotated[int, Field(ge=0)] | None = None
-    """interval: freeze unit i when (i - offset) % every == 0; None freezes when (i + 1) % every == 0, so layers.0 trains."""
+    """interval: freeze unit i when (i - offset) % every == 0; None freezes when (i + 1) % every == 0, so layers.0
+    trains."""
     granularity: Literal["layer", "matrix", "category", "bias"] = "layer"
-    """Units that are frozen: whole layers; single matrices; matrices within each category; or layers of which the biases alone train."""
+    """Units that are frozen: whole layers; single matrices; matrices within each category; or layers of which the
+    biases alone train."""
     embed: Literal["auto", "freeze", "train"] = "auto"
     """The embedding; auto freezes it exactly when layers.0 is frozen whole."""
     norm: Literal["auto", "freeze", "train"] = "auto"
-    """The final norm; auto trains it, except where a strategy says itself what trains (head, bitfit, attention, patterns) and with adapters."""
+    """The final norm; auto trains it, except where a strategy says itself what trains (head, bitfit, attention,
+    patterns) and with adapters."""
     head: Literal["auto", "freeze", "train"] = "auto"
     """The head; auto trains it, unless it is tied to a frozen embedding."""
-    seed: int = 42
+    seed: Seed = 42
     """random: seed of the draw."""
     scores: Path | None = None
     """ranked: file of scores; the lowest-scored units are frozen."""
-    trainable: list[str] | None = None
-    """patterns: globs on whole path components (`layers.1.*` never means layers.10); what they match trains, the rest is frozen."""
-    frozen: list[str] | None = None
+    trainable: Texts | None = None
+    """patterns: globs on whole path components (`layers.1.*` never means layers.10); what they match trains, the rest
+    is frozen."""
+    frozen: Texts | None = None
     """patterns: what they match is frozen, the rest trains; may be given beside `trainable`, and wins."""
-    unfrozen_parameters: list[str] | None = None
+    unfrozen_parameters: Texts | None = None
     """Spectrum's and axolotl's spelling: regular expressions matched from the start of the name."""
     freeze_trainable_layers: int | None = None
     """LLaMA-Factory's spelling: n > 0 trains the last n layers, n < 0 the first -n; embedding, norm and head frozen."""
@@ -194,7 +194,7 @@ class TrainOptions(Section):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Global norm to which gradients are clipped; 0 does not clip."""
     optim: Literal["adamw_torch"] = "adamw_torch"
-    """The optimizer. GaLore-like optimizers cannot work on ZeRO's flattened tensors."""
+    """The optimizer. GaLore and its kin need whole matrices, and ZeRO hands an optimizer flat slices of them."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     """Schedule of the learning rate, from transformers."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -217,14 +217,15 @@ class TrainOptions(Section):
     """Write the trained model to output_dir/model at the end, as a folder `from_pretrained` loads."""
     resume_from_checkpoint: bool | Path | None = None
     """True continues from the newest whole checkpoint in output_dir, a path from that one."""
-    seed: int = 42
+    seed: Seed = 42
     """Seeds model heads, data order and dropout."""
     bf16: bool = False
     """bf16 weights with fp32 masters of the trainable tensors; False is fp32 throughout."""
     gradient_checkpointing: bool = False
     """Recompute activations, from the lowest trainable layer up, non-reentrant."""
     gradient_checkpointing_kwargs: dict[str, Any] | None = None
-    """Only {use_reentrant: false} is possible: reentrant checkpointing gives layers above a frozen prefix no gradient."""
+    """Only {use_reentrant: false} is possible: reentrant checkpointing gives layers above a frozen prefix no
+    gradient."""
     report_to: list[Literal["tensorboard", "wandb"]] = []
     """Trackers beside the record."""
     run_name: str | None = None
@@ -236,6 +237,15 @@ class TrainOptions(Section):
         if value in (None, "none"):
             return []
         return [value] if isinstance(value, str) else value
+
+    @field_validator("optim", mode="before")
+    @classmethod
+    def _works_on_flat_slices(cls, value: Any) -> Any:
+        if value in OPTIMIZERS:
+            return value
+        on_matrices = any(kin in str(value).lower() for kin in ("galore", "apollo", "muon", "shampoo", "soap"))
+        why = ": it works on whole matrices, and ZeRO hands an optimizer flat slices of them" if on_matrices else ""
+        raise ValueError(f"is {value!r}, which is not offered{why}. Optimizers that work: {', '.join(OPTIMIZERS)}.")
 
     @field_validator("max_steps")
     @classmethod
@@ -261,7 +271,8 @@ class Recipe(Section):
     model: ModelOptions
     """The model: a name, or a section with `name` and options."""
     task: Task = "classification"
-    """What is learnt: sequence classification (or regression), token tags, plain text, chats and instructions, source to target."""
+    """What is learnt: classification of sequences (or a regression), token tags, plain text, chats and instructions,
+    source to target."""
     data: DataOptions = DataOptions()
     """The examples."""
     freeze: FreezeOptions = FreezeOptions()
