@@ -26,6 +26,10 @@ FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 ATTENTION = ("q", "k", "v", "o", "qkv")
 MLP = ("up", "gate", "down", "gate_up")
 SHIPPED = Path(__file__).parent / "anatomies"
+#: transformers' name of the token-classification head where it is not `score`.
+TOKEN_HEADS = dict.fromkeys(("gpt2", "gpt_neox", "bloom", "falcon"), "classifier")
+#: Attribute under which a task model keeps its base encoder.
+ENCODER_PREFIXES = {"bert": "bert"}
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,36 @@ class Anatomy:
         rows = [(layer.name, t.name, t.shape) for layer in self.layers for t in layer.tensors]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
+    # -- tasks -------------------------------------------------------------------------------------------------
+
+    def for_task(self, task: str, num_labels: int | None) -> Anatomy:
+        """The anatomy of the model that transformers builds for `task`, from a causal LM's or a base encoder's.
+
+        A causal LM's head gives way to a `score`, a base encoder moves under its attribute's name and gains a
+        `classifier`; `num_labels` None means 2. UserError when the model cannot do the task.
+        """
+        is_decoder = any("lm_head.weight" in (t.name, *t.aliases) for t in self.tensors)
+        if is_decoder and task in ("causal_lm", "sft"):
+            return self
+        if task not in ("classification", "tokens") or not (is_decoder or self.model_type in ENCODER_PREFIXES):
+            able = "classification, tokens" + (", causal_lm, sft" if is_decoder else "")
+            raise UserError(f"Model '{self.name}' ({self.model_type}) cannot do task '{task}'. Its tasks: {able}.")
+        parts = _without_lm_head(self) if is_decoder else _under_prefix(self, ENCODER_PREFIXES[self.model_type], task)
+        stem = (
+            "classifier"
+            if not is_decoder
+            else TOKEN_HEADS.get(self.model_type, "score")
+            if task == "tokens"
+            else "score"
+        )
+        shape = (num_labels or 2, self.hidden_size)
+        head = [Tensor(f"{stem}.weight", shape, "head", 2 * prod(shape))]
+        if task == "tokens" or not is_decoder:
+            head.append(Tensor(f"{stem}.bias", shape[:1], "bias"))
+        kept = tuple(layer for layer in parts if layer.name != "head")
+        pooler = tuple(t for layer in parts if layer.name == "head" for t in layer.tensors)
+        return replace(self, layers=(*kept, Layer("head", (*pooler, *head))))
+
     # -- adapters ----------------------------------------------------------------------------------------------
 
     def with_adapters(self, targets: Iterable[str], r: int, dora: bool) -> Anatomy:
@@ -199,12 +233,38 @@ class Anatomy:
             layers = tuple(layer for row in raw.pop("layers") for layer in _expand(row))
             return cls(layers=layers, notes=tuple(raw.pop("notes", ())), **raw)
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            raise UserError(f"Not an anatomy: {error}. Write one with `dsfreeze plan model=... --anatomy FILE`.") from None
+            raise UserError(
+                f"Not an anatomy: {error}. Write one with `dsfreeze plan model=... --anatomy FILE`."
+            ) from None
 
 
-def _adapted(
-    tensors: Iterable[Tensor], chosen: set[str], modules: set[str], r: int, dora: bool
-) -> Iterator[Tensor]:
+def _without_lm_head(anatomy: Anatomy) -> tuple[Layer, ...]:
+    """A causal LM's layers without its head; a tied embedding is a mere look-up then."""
+
+    def untied(tensor: Tensor) -> Tensor:
+        if "lm_head.weight" not in tensor.aliases:
+            return tensor
+        aliases = tuple(alias for alias in tensor.aliases if alias != "lm_head.weight")
+        return replace(tensor, aliases=aliases, flops_per_token=0)
+
+    layers = (layer for layer in anatomy.layers if layer.name != "head")
+    return tuple(replace(layer, tensors=tuple(map(untied, layer.tensors))) for layer in layers)
+
+
+def _under_prefix(anatomy: Anatomy, prefix: str, task: str) -> tuple[Layer, ...]:
+    """A base encoder's layers under `prefix`; token classification does without the pooler."""
+    layers = (layer for layer in anatomy.layers if layer.name != "head" or task == "classification")
+    return tuple(
+        replace(
+            layer,
+            path=layer.path and f"{prefix}.{layer.path}",
+            tensors=tuple(replace(t, name=f"{prefix}.{t.name}") for t in layer.tensors),
+        )
+        for layer in layers
+    )
+
+
+def _adapted(tensors: Iterable[Tensor], chosen: set[str], modules: set[str], r: int, dora: bool) -> Iterator[Tensor]:
     for tensor in tensors:
         if tensor.module not in modules:
             yield tensor
