@@ -30,6 +30,14 @@ class Memory:
     peak: int
 
 
+@dataclass(frozen=True)
+class Movement:
+    """What a phase did to the weights, against its plan; names in model order. Both are empty when all is well."""
+
+    frozen_changed: tuple[str, ...]
+    never_moved: tuple[str, ...]
+
+
 #: Full (unsharded) CPU tensors of one trained parameter: `weight` in the model's dtype, fp32 `master` (absent in fp32, where the weight
 #: is its own master), fp32 `exp_avg` and `exp_avg_sq`, and `step` as a 0-dim fp32 tensor; the last three are absent before a first step.
 TensorState = dict[str, "torch.Tensor"]
@@ -78,6 +86,9 @@ class Engine(Protocol):
 
     def export_weights(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Full CPU copies of the named parameters in the model's dtype, on rank 0; {} elsewhere (collective)."""
+
+    def movement(self) -> Movement:
+        """Frozen tensors that changed, and trained ones that did not, since the phase was entered (collective)."""
 
     def memory(self, *, reset_peak: bool = False) -> Memory: ...
 

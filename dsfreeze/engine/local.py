@@ -1,0 +1,81 @@
+"""Plain PyTorch in one process: the reference that every other engine is held against.
+
+In bf16 it keeps what ZeRO keeps: bf16 weights and gradients (summed over micro-steps in bf16), and fp32 masters of the
+trained tensors, which AdamW steps.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from dsfreeze.anatomy import Anatomy
+from dsfreeze.engine.base import BaseEngine
+from dsfreeze.engine.flats import Flat, whole
+from dsfreeze.engine.groups import make_adamw, set_learning_rate
+from dsfreeze.engine.ranks import device_of
+from dsfreeze.recipe import Recipe
+
+
+class LocalEngine(BaseEngine):
+    """One process, one device, no distributed code."""
+
+    rank, world_size = 0, 1
+
+    def __init__(self, module: nn.Module, anatomy: Anatomy, recipe: Recipe) -> None:
+        super().__init__(module, anatomy, recipe, device_of(0))
+        self._stepped: dict[str, torch.Tensor] = {}
+
+    def _build(self) -> None:
+        parameters = {name: self._named[name] for group in self.groups for name in group.tensors}
+        if self.dtype != torch.float32:
+            self._stepped = {n: p.detach().float().requires_grad_() for n, p in parameters.items()}
+        else:
+            self._stepped = dict(parameters)
+        self.optimizer = make_adamw(self.groups, self._stepped, self.recipe.train)
+
+    def flats(self) -> list[Flat]:
+        return [whole(name, tensor) for name, tensor in self._stepped.items()]
+
+    def _forward(self, **batch: Any) -> Any:
+        return self.module(**batch)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def _update(self, learning_rate: float) -> float:
+        set_learning_rate(self.optimizer, self.groups, learning_rate)
+        for name, stepped in self._stepped.items():
+            # a tensor the forward pass did not reach has a zero gradient, as under ZeRO: it decays all the same
+            gradient = self._named[name].grad
+            stepped.grad = torch.zeros_like(stepped) if gradient is None else gradient.to(stepped.dtype)
+        norm = get_total_norm([t.grad for t in self._stepped.values()])
+        limit = self.recipe.train.max_grad_norm
+        if limit > 0:
+            clip_grads_with_norm_(self._stepped.values(), limit, norm)
+        if math.isfinite(norm):
+            self.optimizer.step()
+        for name, stepped in self._stepped.items():
+            stepped.grad = self._named[name].grad = None
+            if stepped is not self._named[name]:
+                self._named[name].data.copy_(stepped)
+        return float(norm) if math.isfinite(norm) else math.inf
+
+    def sum(self, values: list[float]) -> list[float]:
+        return list(values)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""
+
+    def _agree(self, value: str, what: str) -> None:
+        """Nobody to disagree with."""
+
+    def _collect(self, share: torch.Tensor, world_size: int) -> list[torch.Tensor]:
+        return [share.reshape(-1).cpu()]

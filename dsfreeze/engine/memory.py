@@ -1,0 +1,62 @@
+"""Bytes: of live tensors, of the device's allocator, of the process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def nbytes(tensors: Iterable[torch.Tensor | None]) -> int:
+    """Elements x element size, each tensor object once; None counts nothing."""
+    distinct = {id(t): t for t in tensors if t is not None}
+    return sum(t.numel() * t.element_size() for t in distinct.values())
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
+    """Bytes of the storages behind the tensors, each once: what views of one buffer hold alive together."""
+    storages = {s.data_ptr(): s.nbytes() for t in tensors if t is not None for s in [t.untyped_storage()]}
+    return sum(storages.values())
+
+
+class Meter:
+    """Allocated and peak bytes: the CUDA allocator's on a GPU, the resident set of the process on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._sampled = 0
+        self._kernel_peak = _STATUS.exists()
+
+    def read(self, *, reset_peak: bool = False) -> tuple[int, int]:
+        """(allocated, peak since the last reset), in bytes."""
+        if self.device.type == "cuda":
+            now, peak = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+            if reset_peak:
+                torch.cuda.reset_peak_memory_stats(self.device)
+            return now, now if reset_peak else peak
+        now = psutil.Process().memory_info().rss
+        if reset_peak:
+            self._sampled = now
+            self._kernel_peak = _reset_kernel_peak()
+        self._sampled = max(self._sampled, now)
+        return now, max(now, _kernel_peak()) if self._kernel_peak else self._sampled
+
+
+def _reset_kernel_peak() -> bool:
+    """Whether the kernel let us reset its record of this process's peak (Linux; writing 5 is documented in proc(5))."""
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _kernel_peak() -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0

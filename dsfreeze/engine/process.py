@@ -1,0 +1,141 @@
+"""The process group, and the one place that chooses an engine.
+
+Works under the deepspeed launcher, under torchrun, and without any launcher (one rank, its own free port). Nothing here
+or in the engines makes DeepSpeed compile an op: the one it would build for communication on CPUs is skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dsfreeze.anatomy import Anatomy
+from dsfreeze.engine import Engine
+from dsfreeze.engine.ranks import Ranks, read_ranks
+from dsfreeze.errors import UserError
+from dsfreeze.plan import FreezePlan
+from dsfreeze.recipe import Recipe
+from dsfreeze.zero_config import deepspeed_config, is_local
+
+
+@contextmanager
+def process_group(recipe: Recipe) -> Iterator[Ranks]:
+    """Join the other ranks, and leave in order on every path. Within another such block it does nothing more.
+
+    A `local` recipe needs no group; it is a UserError to launch one with several ranks.
+    """
+    ranks = read_ranks()
+    if is_local(recipe):
+        if ranks.world_size > 1:
+            raise UserError(
+                f"zero: local runs in one process, and {ranks.world_size} ranks were launched. "
+                "Set zero: zero0 (or zero1, zero2, zero3), or launch one."
+            )
+        yield ranks
+        return
+    joined = _join(ranks)
+    try:
+        yield ranks
+    finally:
+        if joined:
+            _leave(in_order=sys.exception() is None)
+
+
+def _join(ranks: Ranks) -> bool:
+    """Start the process group unless there is one; whether this call started it."""
+    if dist.is_initialized():
+        return False
+    deepspeed = import_deepspeed()
+    if ranks.world_size == 1:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
+    alone = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank}
+    # without LOCAL_SIZE DeepSpeed counts CPU devices by numactl, which need not be there
+    alone["LOCAL_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size)
+    for name, value in alone.items():
+        os.environ.setdefault(name, str(value))
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    if ranks.rank == 0:
+        warn_of_locks()
+    deepspeed.init_distributed(verbose=False)
+    return True
+
+
+def _leave(in_order: bool) -> None:
+    """Destroy the process group; without it some runs abort at exit, their work done. After an error nobody is waited for."""
+    if not dist.is_initialized():
+        return
+    if in_order:
+        dist.barrier()
+    import_deepspeed().comm.destroy_process_group()
+
+
+def import_deepspeed() -> Any:
+    """deepspeed, its log on standard error, the shared-memory op for CPUs (a minute's compilation, never used here) off."""
+    import deepspeed
+    from deepspeed.utils import logger
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for handler in logger.handlers:
+        handler.setStream(sys.stderr)
+    return deepspeed
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def warn_of_locks() -> list[Path]:
+    """Lock files of extension builds, warned about: a build that was killed leaves one, and later builds wait on it for ever.
+
+    dsfreeze builds no extension and waits on none; a ds_config that makes DeepSpeed build one would.
+    """
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    locks = sorted(folder.rglob("lock")) if folder.is_dir() else []
+    for path in locks:
+        warnings.warn(
+            f"{path} locks a compiled extension. If no build is running, one was killed: delete that file, "
+            "or whatever needs the extension waits for ever.",
+            stacklevel=2,
+        )
+    return locks
+
+
+def agree(value: str, what: str) -> None:
+    """UserError on every rank unless all ranks gave the same value (collective; nothing to do alone)."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    values: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    if len(set(values)) > 1:
+        # everyone must have heard before the first one leaves and closes its connections
+        dist.barrier()
+        odd = next(rank for rank, v in enumerate(values) if v != values[0])
+        raise UserError(
+            f"The ranks disagree about {what}: rank 0 has {values[0][:12]}, rank {odd} has {values[odd][:12]}. "
+            "Give every rank the same recipe, files and seeds."
+        )
+
+
+def build_engine(module: nn.Module, anatomy: Anatomy, recipe: Recipe, plan: FreezePlan) -> Engine:
+    """The engine that `recipe.zero` names, after the plan was compared across ranks (collective, within `process_group`)."""
+    agree(plan.digest, "the freeze plan")
+    if is_local(recipe):
+        from dsfreeze.engine.local import LocalEngine
+
+        return LocalEngine(module, anatomy, recipe)
+    from dsfreeze.engine.zero import ZeroEngine
+
+    return ZeroEngine(module, anatomy, recipe, deepspeed_config(recipe, read_ranks().world_size))

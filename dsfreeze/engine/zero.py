@@ -1,0 +1,181 @@
+"""DeepSpeed ZeRO, stages 0 to 3, in bf16 or fp32, optimizer on the device or offloaded to the CPU.
+
+What this file knows of DeepSpeed 0.19.8 and works around:
+- Gradients are averaged over ranks and divided by the accumulation steps; ours are sums, so losses are scaled back.
+- Stage 0 in bf16 takes a trial step while it is built; it runs at learning rate 0 and its state is dropped.
+- Stage 0 in fp32 steps the bare optimizer and reports no gradient norm.
+- Stage 1 in bf16 with fp32 accumulation keeps a full fp32 gradient for ever (BF16_Optimizer); it is refused.
+- `safe_get_full_*` fails in every group but the first (stages 1, 2) and GatheredParameters may read before a step's
+  all-gather has ended (stage 3): state is read from the shards themselves.
+- `engine.destroy` leaves its hooks on the module (#7204); `close` removes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.utils import get_total_norm
+
+from dsfreeze.anatomy import Anatomy
+from dsfreeze.engine.base import BaseEngine
+from dsfreeze.engine.flats import Flat
+from dsfreeze.engine.groups import make_adamw, set_learning_rate
+from dsfreeze.engine.layout import flats_of, gradient_buffers
+from dsfreeze.engine.process import agree, import_deepspeed
+from dsfreeze.engine.ranks import read_ranks
+from dsfreeze.errors import UserError
+from dsfreeze.recipe import Recipe
+
+
+class ZeroEngine(BaseEngine):
+    """One rank of a DeepSpeed run; `config` is the whole DeepSpeed configuration. Needs the process group."""
+
+    def __init__(self, module: nn.Module, anatomy: Anatomy, recipe: Recipe, config: dict[str, Any]) -> None:
+        ranks = read_ranks()
+        super().__init__(module, anatomy, recipe, ranks.device)
+        self.rank, self.world_size, self.config = ranks.rank, ranks.world_size, config
+        self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
+        self.accumulation = recipe.train.gradient_accumulation_steps
+        self._micro_steps = 0
+        self.engine: Any = None
+
+    # -- building ----------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        self._refuse_full_gradients()
+        self.optimizer = make_adamw(self.groups, self._named, self.recipe.train)
+        self.engine, *_ = import_deepspeed().initialize(
+            model=self.module, optimizer=self.optimizer, config=self.config, dist_init_required=False
+        )
+        if self.stage == 0:
+            self.optimizer.state.clear()
+
+    def _refuse_full_gradients(self) -> None:
+        accumulates = self.config.get("data_types", {}).get("grad_accum_dtype")
+        if self.stage == 1 and self.dtype == torch.bfloat16 and accumulates in ("fp32", "float32"):
+            raise UserError(
+                "data_types.grad_accum_dtype: fp32 at stage 1 in bf16 makes DeepSpeed keep a full fp32 gradient of every "
+                "trained tensor on every rank. Use stage 2, which shards it, or drop the key."
+            )
+
+    def flats(self) -> list[Flat]:
+        return flats_of(self.engine, self.rank, self.world_size) if self.engine else []
+
+    # -- training ----------------------------------------------------------------------------------------------
+
+    def _forward(self, **batch: Any) -> Any:
+        return self.engine(**batch)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        assert self._micro_steps < self.accumulation, "step after gradient_accumulation_steps calls"
+        self._micro_steps += 1
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        if self._micro_steps < self.accumulation:
+            self.engine.step()  # counts the micro-step, updates nothing
+
+    def _update(self, learning_rate: float) -> float:
+        assert self._micro_steps == self.accumulation, "step after gradient_accumulation_steps calls, no fewer"
+        self._micro_steps = 0
+        set_learning_rate(self.optimizer, self.groups, learning_rate)
+        if self.stage == 0 and self.dtype == torch.float32:
+            norm = self._bare_norm()
+            self.engine.step()
+        else:
+            self.engine.step()
+            norm = float(self.engine.get_global_grad_norm())
+        return norm if math.isfinite(norm) else math.inf
+
+    def _bare_norm(self) -> float:
+        """The global norm at stage 0 in fp32, where gradients are whole; without gradients nothing moves if it is not finite."""
+        norm = float(get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
+        if not math.isfinite(norm):
+            self.engine.zero_grad()
+        return norm
+
+    def _generate_options(self) -> dict[str, Any]:
+        # at stage 3 every forward is collective: ranks must generate equally long
+        return {"synced_gpus": True} if self.stage == 3 and self.world_size > 1 else {}
+
+    # -- ranks -------------------------------------------------------------------------------------------------
+
+    def sum(self, values: list[float]) -> list[float]:
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(everyone, mine)
+        # added in rank order, so that every rank gets the same bits
+        return torch.stack(everyone).cpu().cumsum(0)[-1].tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def _agree(self, value: str, what: str) -> None:
+        agree(value, what)
+
+    def _collect(self, share: torch.Tensor, world_size: int) -> list[torch.Tensor]:
+        if world_size == 1:
+            return [share.reshape(-1).cpu()] if self.rank == 0 else []
+        # offloaded shares travel by way of the device: NCCL carries nothing else
+        mine = share.reshape(-1).to(self.device).contiguous()
+        shares = [torch.empty_like(mine) for _ in range(world_size)] if self.rank == 0 else None
+        dist.gather(mine, shares)
+        return [s.cpu() for s in shares or ()]
+
+    # -- weights -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def export_weights(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        if not self._sharded:
+            return super().export_weights(names)
+        weights = {}
+        for name in names:
+            parameter = self._named[name]
+            shares = self._collect(parameter.ds_tensor.data, self.world_size)
+            if shares:
+                weights[name] = torch.cat(shares)[: parameter.ds_numel].view(parameter.ds_shape).clone()
+        return weights
+
+    def _write_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        if not self._sharded:
+            super()._write_weights(weights)
+            return
+        for name, value in weights.items():
+            parameter = self._named[name]
+            size = parameter.ds_tensor.numel()
+            piece = value.reshape(-1)[self.rank * size : (self.rank + 1) * size]
+            parameter.ds_tensor.data.reshape(-1)[: len(piece)].copy_(piece)
+            if parameter.data.numel() == parameter.ds_numel:  # small enough to stay gathered
+                parameter.data.copy_(value.view(parameter.data.shape))
+
+    @property
+    def _sharded(self) -> bool:
+        return self.stage == 3 and self.engine is not None
+
+    def _held(self, parameter: nn.Parameter) -> torch.Tensor:
+        return parameter.ds_tensor.data if self._sharded else parameter.data
+
+    def _copies(self, parameter: nn.Parameter) -> Iterable[torch.Tensor]:
+        if not self._sharded:
+            return (parameter.data,)
+        gathered = parameter.data.numel() == parameter.ds_numel
+        return (parameter.ds_tensor, parameter.data) if gathered else (parameter.ds_tensor,)
+
+    def _gradient_buffers(self) -> Iterable[torch.Tensor]:
+        return gradient_buffers(self.engine) if self.engine else ()
+
+    def close(self) -> None:
+        super().close()
+        if self.engine is not None:
+            self.engine.module_forward_pre_hook.remove()
+            self.engine.module_forward_post_hook.remove()
+            self.engine.destroy()
+            self.engine = None
