@@ -119,7 +119,8 @@ def bert(depth: int = 4, d: int = 8, vocab: int = 32, labels: int = 3) -> Anatom
 
 
 def t5(depth: int = 2, d: int = 8, vocab: int = 32, *, tied: bool = True) -> Anatomy:
-    """T5: `depth` encoder layers, then `depth` decoder layers with cross-attention, numbered through."""
+    """T5: `depth` encoder layers, then `depth` decoder layers with cross-attention, numbered on; the encoder's
+    final norm belongs to its last layer."""
     blocks = []
     for stack in ("encoder", "decoder"):
         for i in range(depth):
@@ -131,10 +132,12 @@ def t5(depth: int = 2, d: int = 8, vocab: int = 32, *, tied: bool = True) -> Ana
             last = f"{path}.layer.{len(parts)}"
             tensors += [matrix(f"{last}.DenseReluDense.wi", 4 * d, d, "up")]
             tensors += [matrix(f"{last}.DenseReluDense.wo", d, 4 * d, "down"), *gain(f"{last}.layer_norm", d)]
+            if (stack, i) == ("encoder", depth - 1):
+                tensors += gain("encoder.final_layer_norm", d)
             blocks.append(Layer(f"layers.{len(blocks)}", tuple(tensors), path, stack))
     aliases = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *(["lm_head.weight"] if tied else [])]
     embed = Layer("embed", (embedding("shared.weight", vocab, d, aliases),))
-    norm = Layer("norm", tuple(gain("encoder.final_layer_norm", d) + gain("decoder.final_layer_norm", d)))
+    norm = Layer("norm", tuple(gain("decoder.final_layer_norm", d)))
     head = [] if tied else [Layer("head", (matrix("lm_head", vocab, d, "head"),))]
     return Anatomy("tiny-t5", "t5", (embed, *blocks, norm, *head), d, d, vocab)
 

@@ -51,7 +51,7 @@ def auto_ends(
     """
     allowed = frozenset() if adapter else kept
     embed = frozenset() if _first_is_frozen(anatomy, blocks) else end_names(anatomy, "embed")
-    norm = end_names(anatomy, "norm") - _norms_inside_prefix(anatomy, blocks)
+    norm = end_names(anatomy, "norm")
     head = frozenset(t.name for t in _tensors(anatomy, "head"))
     tied = tied_head(anatomy)
     if tied is not None and tied.name not in embed:
@@ -108,18 +108,3 @@ def _tensors(anatomy: Anatomy, name: str) -> tuple[Tensor, ...]:
 
 def _first_is_frozen(anatomy: Anatomy, blocks: frozenset[str]) -> bool:
     return bool(anatomy.blocks) and not any(t.name in blocks for t in anatomy.blocks[0].tensors)
-
-
-def _norms_inside_prefix(anatomy: Anatomy, blocks: frozenset[str]) -> frozenset[str]:
-    """The closing norm of an encoder whose last layer is frozen.
-
-    It lies below the decoder: trained, it would pull the gradient through decoder layers that a prefix computes
-    without a graph.
-    """
-    ends: dict[str, str] = {}  # module path of a stack -> its last layer
-    for layer in anatomy.blocks:
-        ends[layer.path.rpartition(".")[0].rpartition(".")[0]] = layer.name
-    names = {layer.name: layer for layer in anatomy.blocks}
-    stacks = list(ends.items())[:-1]  # the last stack's norm is the model's own
-    frozen = [path + "." for path, last in stacks if not any(t.name in blocks for t in names[last].tensors)]
-    return frozenset(t.name for t in _tensors(anatomy, "norm") if t.name.startswith(tuple(frozen)))

@@ -1,0 +1,159 @@
+"""What every strategy promises on every anatomy: phases tile, never empty, ties together, one digest, prefix kept."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import anatomies
+import pytest
+
+from dsfreeze.anatomy import Anatomy, load_shipped, shipped
+from dsfreeze.errors import UserError
+from dsfreeze.estimate import estimate
+from dsfreeze.plan import FreezePlan
+from dsfreeze.recipe import FreezeOptions
+from dsfreeze.strategies import STRATEGIES, make_plan
+
+SMALL = anatomies.everything()
+GRANULARITIES = ("layer", "matrix", "category", "bias")
+#: What a strategy cannot do on a model, by the start of what it says.
+EXCUSES = (
+    "has no biases",
+    "cannot train the head alone",
+    "has no matrix to sit on",
+    "has no head",
+    "no tensor of the",
+    "could sit on",
+)
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory) -> dict[str, str]:
+    """A scores file for each anatomy, of layers and tensors."""
+    folder = tmp_path_factory.mktemp("scores")
+    files = {}
+    for name, anatomy in SMALL.items():
+        names = [*anatomy.layer_names, *(t.name for t in anatomy.tensors)]
+        files[name] = str(folder / f"{name}.json")
+        with open(files[name], "w") as file:
+            json.dump({"scores": {n: hash_of(n) for n in names}}, file)
+    return files
+
+
+def hash_of(name: str) -> float:
+    return float(sum(name.encode()) % 17)
+
+
+def options_of(strategy: str, scores_file: str | None = None) -> Iterator[FreezeOptions]:
+    more = {"scores": scores_file} if strategy == "ranked" else {}
+    if strategy == "patterns":
+        yield FreezeOptions(trainable=["layers.[12]"])
+        yield FreezeOptions(frozen=["embed", "layers.0"])
+        yield FreezeOptions(freeze_trainable_layers=2)
+        return
+    yield FreezeOptions(strategy=strategy, **more)
+    yield FreezeOptions(strategy=strategy, adapter={"categories": ["q", "o"]}, **more)
+    for granularity in GRANULARITIES:
+        if granularity == "bias" and strategy in ("norms", "attention"):
+            continue  # two kinds at once: a model may have no tensor that is both
+        for fraction in (0.25, 0.5, 0.75):
+            yield FreezeOptions(strategy=strategy, granularity=granularity, fraction=fraction, **more)
+
+
+def plan_or_excuse(anatomy: Anatomy, options: FreezeOptions) -> FreezePlan | None:
+    try:
+        return make_plan(anatomy, options)
+    except UserError as error:
+        if any(excuse in str(error) for excuse in EXCUSES):
+            return None
+        raise
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", SMALL)
+def test_promises(strategy, name, scores):
+    """Oracle: the contract in the plan's and the strategies' docstrings."""
+    anatomy = SMALL[name]
+    for options in options_of(strategy, scores[name]):
+        plan = plan_or_excuse(anatomy, options)
+        if plan is not None:
+            check(anatomy, options, plan)
+
+
+def check(anatomy: Anatomy, options: FreezeOptions, plan: FreezePlan) -> None:
+    adapted = plan.adapted(anatomy)
+    assert plan.phases[0].first_step == 0
+    assert [phase.num_steps for phase in plan.phases] == [None]
+    names = plan.phases[0].trainable
+    assert names
+    assert names == adapted.in_order(names), "in model order, each once, each of this model"
+    assert plan.digest == make_plan(anatomy, options, 100).digest == FreezePlan.from_json(plan.to_json()).digest
+    frozen_first = not any(t.name in names for t in adapted.blocks[0].tensors)
+    embedding_trains = any(t.name in names for t in adapted.layer("embed").tensors)
+    if options.strategy not in ("patterns", "head"):
+        assert not (frozen_first and embedding_trains), "the embedding is frozen with layers.0"
+    cost = estimate(anatomy, plan)
+    assert 0 < cost.trainable <= cost.total
+    assert cost.optimizer_state == 8 * cost.trainable
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_bottom_keeps_its_prefix(name, count):
+    """Oracle: with n layers frozen from the bottom, embedding and exactly n layers are below everything trainable."""
+    anatomy = SMALL[name]
+    plan = make_plan(anatomy, FreezeOptions(count=count))
+    prefix = [layer.name for layer in anatomy.prefix(plan.phases[0].trainable)]
+    assert prefix == (["embed", *(f"layers.{i}" for i in range(count))] if count else [])
+
+
+@pytest.mark.parametrize("name", [name for name, anatomy in SMALL.items() if anatomy.tied])
+def test_ties_are_one(name):
+    """Oracle: a tied tensor appears under its one name or not at all, whichever name is asked for."""
+    anatomy = SMALL[name]
+    (tied,) = anatomy.tied
+    for asked in (tied.name, *tied.aliases):
+        assert make_plan(anatomy, FreezeOptions(trainable=[asked])).phases[0].trainable[0] == tied.name
+        assert tied.name not in make_plan(anatomy, FreezeOptions(frozen=[asked])).phases[0].trainable
+
+
+def test_digests_do_not_depend_on_the_process():
+    """Oracle: another process with another hash seed; ranks compare digests, so sets may not leak their order."""
+    code = (
+        "import anatomies; from dsfreeze.recipe import FreezeOptions as O;"
+        "from dsfreeze.strategies import make_plan as p;"
+        "print([p(anatomies.bert(), O(strategy=s, granularity='category')).digest"
+        " for s in ('random', 'bottom', 'bitfit', 'lora')])"
+    )
+    outputs = set()
+    for seed in ("1", "2"):
+        env = {"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)}
+        outputs.add(
+            subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+        )
+    assert len(outputs) == 1
+
+
+def test_no_torch():
+    """Oracle: sys.modules of a fresh process."""
+    code = (
+        "import dsfreeze.strategies, dsfreeze.estimate, dsfreeze.picture, sys;"
+        "print([m for m in ('torch', 'transformers', 'deepspeed', 'peft') if m in sys.modules])"
+    )
+    env = {"PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_shipped_anatomies_take_every_strategy(name):
+    """Oracle: the same promises, on the real shapes."""
+    anatomy = load_shipped(name)
+    for strategy in sorted(set(STRATEGIES) - {"ranked", "patterns"}):
+        options = FreezeOptions(strategy=strategy)
+        plan = plan_or_excuse(anatomy, options)
+        if plan is not None:
+            check(anatomy, options, plan)

@@ -1,0 +1,123 @@
+"""The picture: what a terminal shows at 80 columns without colour, and the dict for programs."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import anatomies
+import pytest
+from rich.console import Console
+
+from dsfreeze.anatomy import Anatomy
+from dsfreeze.estimate import estimate
+from dsfreeze.picture import draw, layer_states, plan_as_dict
+from dsfreeze.plan import FreezePlan, Phase
+from dsfreeze.recipe import FreezeOptions
+from dsfreeze.strategies import STRATEGIES, make_plan
+
+
+def plan_of(anatomy: Anatomy, **options) -> FreezePlan:
+    return make_plan(anatomy, FreezeOptions(**options))
+
+
+def shown(anatomy: Anatomy, plan: FreezePlan, encoding: str = "utf-8") -> str:
+    """What a terminal without colour shows, 80 columns wide."""
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding)
+    Console(file=stream, width=80, color_system=None).print(draw(anatomy, plan))
+    stream.flush()
+    return raw.getvalue().decode(encoding)
+
+
+def test_bottom_is_a_bar():
+    """Oracle: drawn by hand."""
+    anatomy = anatomies.llama(depth=12)
+    text = shown(anatomy, plan_of(anatomy, fraction=0.75))
+    assert "  layers     ·········███" in text
+    assert "embed      ·" in text
+    assert "head       █" in text
+
+
+def test_frozen_above_something_trainable_looks_different():
+    """Oracle: only the prefix saves backward, so the picture must tell the two apart."""
+    anatomy = anatomies.llama(depth=12)
+    text = shown(anatomy, plan_of(anatomy, strategy="middle", count=6))
+    assert "···██████░░░" in text
+    assert "frozen prefix" in text
+    assert "the gradient crosses it" in text
+
+
+def test_layers_that_train_in_part_show_their_categories():
+    anatomy = anatomies.llama(depth=4)
+    text = shown(anatomy, plan_of(anatomy, trainable=["layers.[23].self_attn.q_proj"]))
+    assert "layers     ··▒▒" in text
+    assert "    q        ··██" in text
+    assert "    k        ··░░" in text
+
+
+def test_adapters():
+    anatomy = anatomies.llama(depth=4)
+    assert "layers     ··◆◆" in shown(anatomy, plan_of(anatomy, strategy="lora", fraction=0.5))
+
+
+def test_many_layers_wrap():
+    anatomy = anatomies.llama(depth=126)
+    lines = shown(anatomy, plan_of(anatomy, fraction=0.5)).splitlines()
+    assert [line.count("·") + line.count("█") for line in lines if "layers  " in line or "from " in line] == [60, 60, 6]
+
+
+def test_figures_are_there():
+    anatomy = anatomies.llama(depth=4)
+    plan = plan_of(anatomy, fraction=0.5)
+    cost = estimate(anatomy, plan)
+    text = shown(anatomy, plan)
+    assert f"{cost.trainable:,} of {cost.total:,} parameters ({cost.percent:.2f} %)" in text
+    assert "optimizer state" in text
+    assert "% of full tuning" in text
+    assert "note: 2 of 4 layers frozen" in text
+
+
+@pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - {"ranked", "patterns"}))
+def test_every_picture_fits_80_columns(strategy):
+    for anatomy in (anatomies.bert(), anatomies.llama(depth=80, labels=2, qkv_bias=True)):
+        lines = shown(anatomy, plan_of(anatomy, strategy=strategy)).splitlines()
+        assert max(map(len, lines)) <= 80
+
+
+def test_a_terminal_with_ascii_alone():
+    anatomy = anatomies.llama(depth=4)
+    assert "layers     ..##" in shown(anatomy, plan_of(anatomy, fraction=0.5), encoding="ascii")
+
+
+def test_a_moving_plan_shows_each_phase():
+    anatomy = anatomies.llama(depth=2)
+    phases = tuple(
+        Phase(5 * i, 5 if i == 0 else None, tuple(t.name for t in anatomy.layer(f"layers.{i}").tensors)) for i in (0, 1)
+    )
+    text = shown(anatomy, FreezePlan("sweep", phases))
+    assert "steps 0 to 4" in text
+    assert "steps 5 to the end" in text
+    assert "layers     █░" in text
+    assert "layers     ·█" in text
+
+
+@pytest.mark.parametrize("strategy", ["bottom", "lora", "norms"])
+def test_dict_is_json_and_adds_up(strategy):
+    """Oracle: the parts sum to the whole, and JSON takes every value."""
+    for anatomy in anatomies.everything().values():
+        plan = plan_of(anatomy, strategy=strategy)
+        cost = estimate(anatomy, plan)
+        value = json.loads(json.dumps(plan_as_dict(anatomy, plan, cost)))
+        layers = value["phases"][0]["layers"]
+        assert sum(layer["trainable"] for layer in layers) == value["trainable"] == cost.trainable
+        assert sum(layer["total"] for layer in layers) == value["total"]
+        assert value["digest"] == plan.digest
+        assert value["bytes_per_rank"]["optimizer_state"] == cost.optimizer_state
+
+
+def test_prefix_state_is_the_anatomys_prefix():
+    for anatomy in anatomies.everything().values():
+        phase = plan_of(anatomy, fraction=0.5).phases[0]
+        prefix = [layer.name for layer in anatomy.prefix(phase.trainable)]
+        assert [name for name, state in layer_states(anatomy, phase).items() if state == "prefix"] == prefix

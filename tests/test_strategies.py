@@ -1,0 +1,339 @@
+"""Static strategies against sets written down by hand from their formulas (docs/methods.md)."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from random import Random
+
+import anatomies
+import pytest
+
+from dsfreeze.anatomy import Anatomy
+from dsfreeze.errors import UserError
+from dsfreeze.plan import FreezePlan
+from dsfreeze.recipe import FreezeOptions, Strategy
+from dsfreeze.strategies import STRATEGIES, make_plan
+from dsfreeze.strategies.static import every_nth
+
+
+def plan_of(anatomy: Anatomy, **options) -> FreezePlan:
+    return make_plan(anatomy, FreezeOptions(**options))
+
+
+def trained(anatomy: Anatomy, **options) -> set[str]:
+    return set(plan_of(anatomy, **options).phases[0].trainable)
+
+
+def frozen_layers(anatomy: Anatomy, **options) -> set[int]:
+    names = trained(anatomy, **options)
+    return {i for i, layer in enumerate(anatomy.blocks) if not any(t.name in names for t in layer.tensors)}
+
+
+def whole(anatomy: Anatomy, *layers: str) -> set[str]:
+    return {t.name for name in layers for t in anatomy.layer(name).tensors}
+
+
+DEEP = anatomies.llama(depth=12)
+
+
+def test_every_name_the_recipe_knows_has_a_strategy():
+    """Oracle: the recipe's Literal."""
+    assert set(STRATEGIES) == set(Strategy.__args__)
+
+
+@pytest.mark.parametrize(
+    ("options", "frozen"),
+    [
+        ({"strategy": "bottom", "fraction": 0.25}, {0, 1, 2}),
+        ({"strategy": "bottom"}, set(range(6))),
+        ({"strategy": "bottom", "count": 5}, set(range(5))),
+        ({"strategy": "bottom", "fraction": 0.0}, set()),
+        ({"strategy": "top", "fraction": 0.25}, {9, 10, 11}),
+        ({"strategy": "top", "count": 0}, set()),
+        ({"strategy": "interval", "fraction": 0.5}, {1, 3, 5, 7, 9, 11}),
+        ({"strategy": "interval", "fraction": 0.5, "offset": 0}, {0, 2, 4, 6, 8, 10}),
+        ({"strategy": "interval", "fraction": 0.25}, {3, 7, 11}),
+        ({"strategy": "interval", "fraction": 0.75}, set(range(12)) - {3, 7, 11}),
+        ({"strategy": "interval", "count": 4}, {2, 5, 8, 11}),
+        ({"strategy": "middle", "count": 4}, {0, 1, 10, 11}),
+        ({"strategy": "middle", "count": 5}, {0, 1, 2, 10, 11}),
+        ({"strategy": "random", "count": 4, "seed": 7}, set(Random(7).sample(range(12), 4))),
+        ({"strategy": "full"}, set()),
+        ({"strategy": "head"}, set(range(12))),
+    ],
+)
+def test_layers_by_position(options, frozen):
+    """Oracle: the formulas, worked out by hand for 12 layers."""
+    assert frozen_layers(DEEP, **options) == frozen
+
+
+@pytest.mark.parametrize(
+    ("size", "fraction", "expected"), [(8, "1/2", {1, 3, 5, 7}), (9, "1/3", {2, 5, 8}), (9, "2/3", {0, 1, 3, 4, 6, 7})]
+)
+def test_every_nth(size, fraction, expected):
+    """Oracle: {i : (i + 1) % every == 0}, and its complement above one half."""
+    assert every_nth(size, Fraction(fraction)) == expected
+
+
+def test_interval_says_what_resulted():
+    """Oracle: round(1 / 0.4) = 2, so 6 of 12 freeze where 4 were asked for."""
+    plan = plan_of(DEEP, strategy="interval", fraction=0.4)
+    assert "6 of 12 layers frozen (asked for fraction 0.4" in plan.notes[0]
+
+
+@pytest.mark.parametrize(("how", "number"), [("floor", 4), ("nearest", 5), ("ceil", 5)])
+def test_rounding(how, number):
+    """Oracle: 18 x 0.25 = 4.5 (Gemma-2b, the case the paper leaves open)."""
+    gemma = anatomies.llama(depth=18)
+    assert frozen_layers(gemma, fraction=0.25, round=how) == set(range(number))
+
+
+def test_fraction_is_taken_as_written():
+    """Oracle: 0.29 x 100 is 29; in binary floating point it is 28.999..."""
+    assert len(frozen_layers(anatomies.llama(depth=100), fraction=0.29)) == 29
+
+
+class TestEnds:
+    """Embedding, norm and head; oracle: the sets written out."""
+
+    def test_bottom_freezes_the_embedding_and_trains_norm_and_head(self):
+        anatomy = anatomies.llama()
+        assert trained(anatomy, count=2) == whole(anatomy, "layers.2", "layers.3", "norm", "head")
+
+    def test_top_trains_the_embedding(self):
+        anatomy = anatomies.llama()
+        expected = whole(anatomy, "embed", "layers.0", "layers.1", "norm", "head")
+        assert trained(anatomy, strategy="top", count=2) == expected
+
+    def test_options_win(self):
+        anatomy = anatomies.llama()
+        names = trained(anatomy, count=2, embed="train", norm="freeze", head="freeze")
+        assert names == whole(anatomy, "embed", "layers.2", "layers.3")
+
+    def test_all_layers_frozen_leaves_norm_and_head(self):
+        anatomy = anatomies.llama()
+        assert trained(anatomy, fraction=1.0) == whole(anatomy, "norm", "head")
+
+    def test_a_tied_head_freezes_with_the_embedding(self):
+        anatomy = anatomies.llama(tied=True)
+        plan = plan_of(anatomy, count=2)
+        assert set(plan.phases[0].trainable) == whole(anatomy, "layers.2", "layers.3", "norm")
+        assert any("lm_head.weight is tied to model.embed_tokens.weight" in note for note in plan.notes)
+
+    def test_training_a_tied_head_trains_the_embedding(self):
+        anatomy = anatomies.llama(tied=True)
+        plan = plan_of(anatomy, count=2, head="train")
+        assert "model.embed_tokens.weight" in plan.phases[0].trainable
+        assert any("backward runs through every layer" in note for note in plan.notes)
+
+    @pytest.mark.parametrize(("embed", "head"), [("freeze", "train"), ("train", "freeze")])
+    def test_contradicting_a_tie_names_both(self, embed, head):
+        with pytest.raises(UserError, match=r"lm_head\.weight is tied to model\.embed_tokens\.weight"):
+            plan_of(anatomies.llama(tied=True), embed=embed, head=head)
+
+    def test_an_end_the_model_lacks(self):
+        with pytest.raises(UserError, match="has no norm"):
+            plan_of(anatomies.bert(), norm="train")
+
+    def test_an_encoder_frozen_whole_takes_its_norm_along(self):
+        anatomy = anatomies.t5()
+        assert "encoder.final_layer_norm.weight" not in trained(anatomy, count=2)
+        assert "encoder.final_layer_norm.weight" in trained(anatomy, count=1)
+
+
+class TestGranularity:
+    """Oracle: names worked out by hand on two layers."""
+
+    def test_matrix_takes_weights_in_model_order_and_biases_follow(self):
+        anatomy = anatomies.llama(depth=2, qkv_bias=True)
+        frozen = whole(anatomy, "layers.0", "layers.1") - trained(anatomy, granularity="matrix", count=2)
+        stem = "model.layers.0.self_attn"
+        assert frozen == {f"{stem}.{x}_proj.{y}" for x in "qk" for y in ("weight", "bias")}
+
+    def test_a_frozen_first_matrix_leaves_the_embedding_trainable(self):
+        assert "model.embed_tokens.weight" in trained(anatomies.llama(), granularity="matrix", count=2)
+
+    def test_category_freezes_half_of_each(self):
+        anatomy = anatomies.llama(depth=4)
+        names = trained(anatomy, strategy="random", granularity="category", fraction=0.5, seed=3)
+        for category in ("q", "k", "v", "o", "gate", "up", "down"):
+            own = [t.name for layer in anatomy.blocks for t in layer.tensors if t.category == category]
+            assert len(names & set(own)) == 2
+        norms = [t.name for layer in anatomy.blocks for t in layer.tensors if t.category == "norm"]
+        assert len(names & set(norms)) == 4
+
+    def test_category_bottom_is_by_depth(self):
+        anatomy = anatomies.phi3()
+        assert frozen_layers(anatomy, granularity="category") == {0, 1}
+
+    def test_bias_trains_the_biases_of_the_trainable_layers(self):
+        anatomy = anatomies.bert(depth=2)
+        biases = {t.name for t in anatomy.layer("layers.1").tensors if t.is_bias}
+        assert trained(anatomy, granularity="bias", count=1) == biases | whole(anatomy, "head")
+
+    def test_bias_without_biases(self):
+        with pytest.raises(UserError, match="Strategy 'norms'"):
+            plan_of(anatomies.llama(), granularity="bias")
+
+
+class TestKinds:
+    """Oracle: the definitions in docs/methods.md, spelled out."""
+
+    def test_bitfit(self):
+        anatomy = anatomies.bert()
+        biases = {t.name for t in anatomy.tensors if t.name.endswith(".bias")}
+        assert trained(anatomy, strategy="bitfit") == biases | whole(anatomy, "head")
+
+    def test_bitfit_on_a_model_without_biases_offers_norms(self):
+        with pytest.raises(UserError, match="'norms'"):
+            plan_of(anatomies.llama(), strategy="bitfit")
+
+    def test_norms_of_a_language_model(self):
+        anatomy = anatomies.llama()
+        assert trained(anatomy, strategy="norms") == {t.name for t in anatomy.tensors if "norm" in t.name}
+
+    def test_norms_train_with_their_biases(self):
+        anatomy = anatomies.bert()
+        expected = {t.name for t in anatomy.tensors if "LayerNorm" in t.name} | whole(anatomy, "head")
+        assert trained(anatomy, strategy="norms") == expected
+
+    def test_attention_can_be_combined_with_a_fraction(self):
+        anatomy = anatomies.llama(depth=2, labels=3)
+        projections = {f"model.layers.1.self_attn.{x}_proj.weight" for x in "qkvo"}
+        assert trained(anatomy, strategy="attention", fraction=0.5) == projections | {"score.weight"}
+
+    def test_attention_takes_fused_projections(self):
+        names = trained(anatomies.phi3(depth=1), strategy="attention")
+        assert names == {f"model.layers.0.self_attn.{x}_proj.weight" for x in ("qkv", "o")}
+
+    def test_head(self):
+        anatomy = anatomies.bert()
+        assert trained(anatomy, strategy="head") == whole(anatomy, "head")
+
+    def test_head_tied(self):
+        with pytest.raises(UserError, match="tied"):
+            plan_of(anatomies.llama(tied=True), strategy="head")
+
+    def test_head_frozen_is_a_contradiction(self):
+        with pytest.raises(UserError, match=r"freeze\.head"):
+            plan_of(anatomies.llama(), strategy="head", head="freeze")
+
+
+class TestAdapters:
+    """Oracle: peft's names, and that nothing but adapters and a task's own head trains."""
+
+    def test_lora_is_on_every_layer(self):
+        anatomy = anatomies.llama(labels=3)
+        plan = plan_of(anatomy, strategy="lora")
+        matrices = [t for layer in anatomy.blocks for t in layer.tensors if t.category != "norm"]
+        assert plan.adapter.targets == tuple(t.name for t in matrices)
+        rest = {name for name in plan.phases[0].trainable if ".lora_" not in name}
+        assert rest == {"score.weight"}
+        assert "model.layers.0.self_attn.q_proj.lora_A.default.weight" in plan.phases[0].trainable
+
+    def test_a_language_models_head_stays_frozen(self):
+        assert not [n for n in plan_of(anatomies.llama(), strategy="lora").phases[0].trainable if ".lora_" not in n]
+
+    def test_dora_has_magnitudes(self):
+        plan = plan_of(anatomies.llama(), strategy="dora", adapter={"r": 2})
+        assert (plan.adapter.kind, plan.adapter.r) == ("dora", 2)
+        assert any("lora_magnitude_vector" in name for name in plan.phases[0].trainable)
+
+    @pytest.mark.parametrize("strategy", ["bottom", "random", "attention", "interval"])
+    def test_adapters_sit_on_the_trainable_layers_alone(self, strategy):
+        anatomy = anatomies.phi3(depth=4)
+        free = frozen_layers(anatomy, strategy=strategy, count=2)
+        plan = plan_of(anatomy, strategy=strategy, count=2, adapter={"categories": ["q", "down"]})
+        adapted = {int(name.split(".")[2]) for name in plan.adapter.targets}
+        assert adapted == {0, 1, 2, 3} - free
+        kinds = {name.split(".")[-2] for name in plan.adapter.targets}
+        assert kinds == ({"qkv_proj"} if strategy == "attention" else {"qkv_proj", "down_proj"})
+
+    def test_unknown_category(self):
+        with pytest.raises(UserError, match="gat"):
+            plan_of(anatomies.llama(), adapter={"categories": ["gat"]})
+
+    @pytest.mark.parametrize("strategy", ["norms", "bitfit"])
+    def test_nothing_to_sit_on(self, strategy):
+        with pytest.raises(UserError, match="no matrix"):
+            plan_of(anatomies.gpt2(), strategy=strategy, adapter={})
+
+    def test_lora_that_says_dora(self):
+        with pytest.raises(UserError, match="'dora'"):
+            plan_of(anatomies.llama(), strategy="lora", adapter={"kind": "dora"})
+
+
+class TestRanked:
+    """Oracle: order by (score, depth), written out."""
+
+    def options(self, tmp_path, scores, **more):
+        path = tmp_path / "scores.json"
+        path.write_text(json.dumps({"scores": scores}))
+        return {"strategy": "ranked", "scores": path, **more}
+
+    def test_freezes_the_lowest(self, tmp_path):
+        scores = {"layers.0": 3, "layers.1": 0.5, "layers.2": 2, "layers.3": 1, "head": 9}
+        assert frozen_layers(anatomies.llama(), **self.options(tmp_path, scores)) == {1, 3}
+
+    def test_ties_freeze_from_the_bottom(self, tmp_path):
+        scores = {f"layers.{i}": 1.0 for i in range(4)}
+        assert frozen_layers(anatomies.llama(), **self.options(tmp_path, scores)) == {0, 1}
+
+    def test_by_tensor(self, tmp_path):
+        anatomy = anatomies.llama(depth=1)
+        scores = {t.name: float(i) for i, t in enumerate(reversed(anatomy.tensors))}
+        names = trained(anatomy, **self.options(tmp_path, scores, granularity="matrix", count=1))
+        assert "model.layers.0.post_attention_layernorm.weight" not in names
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ('{"scores": {"layers.0": NaN}}', "nan"),
+            ('{"scores": {"layers.0": "high"}}', "not a number"),
+            ('{"scores": {"layers.0": 1, "layers.1": 1, "layers.2": 1}}', r"layers\.3"),
+            ('{"score": {}}', 'no "scores"'),
+            ("{", "JSON"),
+        ],
+    )
+    def test_bad_files(self, tmp_path, text, message):
+        path = tmp_path / "scores.json"
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            plan_of(anatomies.llama(), strategy="ranked", scores=path)
+
+    def test_missing_file(self, tmp_path):
+        with pytest.raises(UserError, match="no file"):
+            plan_of(anatomies.llama(), strategy="ranked", scores=tmp_path / "none.json")
+
+
+def test_count_beyond_the_layers():
+    with pytest.raises(UserError, match="from 0 to 4"):
+        plan_of(anatomies.llama(), count=5)
+
+
+def test_everything_frozen():
+    with pytest.raises(UserError, match="nothing to train"):
+        plan_of(anatomies.llama(), fraction=1.0, norm="freeze", head="freeze")
+
+
+def test_unknown_strategy_has_a_nearest_name():
+    options = FreezeOptions().model_copy(update={"strategy": "buttom"})
+    with pytest.raises(UserError, match="'bottom'"):
+        make_plan(anatomies.llama(), options)
+
+
+def test_a_number_that_means_nothing_is_said():
+    """`full` beside a recipe's fraction is a natural override: it wins, aloud."""
+    plan = plan_of(anatomies.llama(), strategy="full", fraction=0.5)
+    assert frozen_layers(anatomies.llama(), strategy="full", fraction=0.5) == set()
+    assert any("not used" in note for note in plan.notes)
+
+
+def test_a_resolved_recipe_plans_the_same():
+    """Oracle: the plan before the options were written out and read back (a record's recipe must resume)."""
+    for given in ({"trainable": ["layers.2"]}, {"strategy": "head"}, {"strategy": "dora"}, {"count": 1}):
+        options = FreezeOptions(**given)
+        again = FreezeOptions(**json.loads(json.dumps(options.model_dump(mode="json"))))
+        anatomy = anatomies.bert()
+        assert make_plan(anatomy, options).digest == make_plan(anatomy, again).digest
