@@ -29,8 +29,8 @@ _INTRODUCTION = """# Recipe keys
 
 A recipe is a YAML file; `dsfreeze train recipe.yaml freeze.fraction=0.75` overrides one value, and every command works
 from overrides alone (`dsfreeze plan model=... freeze.strategy=top`). A value on the command line is a text, a number
-or a YAML list or mapping in brackets; the last one wins. Every mistake is reported at once, with its line and the nearest
-valid name.
+or a YAML list or mapping in brackets; the last one wins. Every mistake is reported at once, with its line and the
+nearest valid name.
 
 - Paths (model, data, `freeze.scores`, `zero`, `train.resume_from_checkpoint`) count from the current folder; what is
   not there but is beside the recipe file is taken from there. `~` is the home folder. Hub ids stay as they are.
