@@ -265,23 +265,28 @@ def _under_prefix(anatomy: Anatomy, prefix: str, task: str) -> tuple[Layer, ...]
 
 
 def _adapted(tensors: Iterable[Tensor], chosen: set[str], modules: set[str], r: int, dora: bool) -> Iterator[Tensor]:
+    """The tensors in peft's order: a module's own, under `base_layer`, then its adapter."""
+    adapter: list[Tensor] = []
     for tensor in tensors:
+        if adapter and not adapter[0].name.startswith(tensor.module + ".lora_"):
+            yield from adapter
+            adapter = []
         if tensor.module not in modules:
             yield tensor
             continue
         leaf = tensor.name.rpartition(".")[2]
         yield replace(tensor, name=f"{tensor.module}.base_layer.{leaf}")
         if tensor.name in chosen:
-            yield from _adapter_tensors(tensor, r, dora)
+            adapter = list(_adapter_tensors(tensor, r, dora))
+    yield from adapter
 
 
 def _adapter_tensors(matrix: Tensor, r: int, dora: bool) -> Iterator[Tensor]:
     width_out, width_in = matrix.shape[::-1] if matrix.fan_in_fan_out else matrix.shape
-    if dora:
-        # peft registers the magnitude as (1, out) for fan_in_fan_out matrices too: always one number per output
-        yield Tensor(f"{matrix.module}.lora_magnitude_vector.default.weight", (width_out,), "adapter")
     for letter, shape in (("A", (r, width_in)), ("B", (width_out, r))):
         yield Tensor(f"{matrix.module}.lora_{letter}.default.weight", shape, "adapter", 2 * prod(shape))
+    if dora:
+        yield Tensor(f"{matrix.module}.lora_magnitude_vector.default.weight", (width_out,), "adapter")
 
 
 def shipped() -> dict[str, Path]:

@@ -1,8 +1,8 @@
 """Reads a module's anatomy: which layer and category each parameter belongs to, and what it costs.
 
-Rules by leaf module name, one short table for all architectures, because transformers' families differ in few names; where
-a table does not know a name the tensor is `other` and the anatomy's notes say so. Nothing is computed, so a module on
-the meta device will do. Not covered: vision towers (they count as embedding) and layers that are run more than once a
+Rules by leaf module name, one short table for all architectures, because transformers' families differ in few names; a
+matrix whose name no rule knows is `other`, and the anatomy's notes say so. Nothing is computed, so a module on the meta
+device will do. Not covered: vision towers (they count as embedding) and layers that are run more than once a
 token (ALBERT), whose FLOPs are counted once.
 """
 
@@ -22,8 +22,8 @@ from dsfreeze.errors import UserError
 
 #: Matrices inside an attention module, by the name of the module (or parameter) that holds them.
 ATTENTION_NAMES = {
-    "q": ("q_proj", "query", "query_proj", "q_lin", "q", "wq", "q_a_proj", "q_b_proj"),
-    "k": ("k_proj", "key", "key_proj", "k_lin", "k", "wk"),
+    "q": ("q_proj", "query", "query_proj", "q_lin", "q", "wq", "q_a_proj", "q_b_proj", "pos_query_proj"),
+    "k": ("k_proj", "key", "key_proj", "k_lin", "k", "wk", "pos_key_proj"),
     "v": ("v_proj", "value", "value_proj", "v_lin", "v", "wv"),
     "o": ("o_proj", "out_proj", "dense", "c_proj", "out_lin", "o", "wo", "Wo"),
     "qkv": ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "in_proj"),
@@ -48,10 +48,11 @@ TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk"
 def read_anatomy(module: nn.Module, name: str) -> Anatomy:
     """The module's layers in the order data flows through them; every parameter once, aliases told by identity.
 
-    An encoder-decoder's encoder layers come first and its decoder layers are numbered on, with `stack` set; the encoder's
-    final norm is part of its last layer. FLOPs per token are two per multiply-add through each matrix (experts: the share
-    that is routed to); a pooler or classifier is counted as if it ran on every token, which BERT-like ones do not.
-    Warns when the architecture is unknown and the layers are those of the longest ModuleList; UserError when there is none.
+    An encoder-decoder's encoder layers come first and its decoder layers are numbered on, with `stack` set; the
+    encoder's final norm is part of its last layer. FLOPs per token are two per multiply-add through each matrix
+    (experts: the share that is routed to); a pooler or classifier is counted as if it ran on every token, which BERT's
+    does not. Warns when the architecture is unknown and the layers are those of the longest ModuleList; UserError when
+    there is none.
     """
     reader = _Reader(module)
     layers = tuple(reader.layers())
@@ -118,8 +119,8 @@ class _Reader:
         if not fitting:
             self.structural = True
             self.notes.append(
-                f"unknown architecture {type(self.module).__name__}: no config says how many layers it has, so the layers "
-                f"are the {dict(lists)[path]} entries of its longest ModuleList, '{path}'"
+                f"unknown architecture {type(self.module).__name__}: no config says how many layers it has, so the "
+                f"layers are the {dict(lists)[path]} entries of its longest ModuleList, '{path}'"
             )
         return (_Stack(path, dict(lists)[path]),)
 

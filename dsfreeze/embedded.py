@@ -141,12 +141,13 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
                 _build_aside(folder, build)
     except Timeout:
         raise UserError(
-            f"Another process has been filling {folder} for half an hour. End it, or set DSFREEZE_CACHE to another folder."
+            f"Another process has been filling {folder} for half an hour. End it, or set DSFREEZE_CACHE to another "
+            "folder."
         ) from None
     except OSError as error:
         raise UserError(
-            f"The model cache {folder.parent} cannot be written: {error}. Free disk space there, or set DSFREEZE_CACHE to a "
-            "folder with room."
+            f"The model cache {folder.parent} cannot be written: {error}. Free disk space there, or set "
+            "DSFREEZE_CACHE to a folder with room."
         ) from error
     return folder
 

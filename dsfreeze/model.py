@@ -37,7 +37,8 @@ from dsfreeze.quiet import quiet_transformers
 from dsfreeze.recipe import ModelOptions
 
 __all__ = [
-    "add_adapters", "anatomy_of", "base_hash", "list_models", "load_model", "load_tokenizer", "merge_adapters", "read_anatomy",
+    "add_adapters", "anatomy_of", "base_hash", "list_models", "load_model", "load_tokenizer", "merge_adapters",
+    "read_anatomy",
 ]  # fmt: skip
 
 AUTO_CLASSES = {
@@ -72,8 +73,9 @@ def load_model(
 ) -> nn.Module:
     """The module for `task`, weights in `dtype` on the CPU; a head the weights lack is drawn from `seed`.
 
-    `num_labels` counts classes (1: regression) for classification and tokens, and is not looked at otherwise. Warns when
-    weights other than a head's are missing or left over; UserError when the model cannot be found, read, or do the task.
+    `num_labels` counts classes (1: regression) for classification and tokens, and is not looked at otherwise. Warns
+    when weights other than a head's are missing or left over; UserError when the model cannot be found, read, or do the
+    task.
     """
     config = _task_config(options, task, num_labels, labels)
     with torch.random.fork_rng(devices=[]):
@@ -144,7 +146,8 @@ def locate(name: str) -> str:
         return str(embedded_folder(name))
     if name in SHAPES:
         raise UserError(
-            f"'{name}' is a shape to plan with; it comes without weights. Give its hub id, {SHAPES[name][0]}, or a folder."
+            f"'{name}' is a shape to plan with; it comes without weights. Give its hub id, {SHAPES[name][0]}, or a "
+            "folder."
         )
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
@@ -223,7 +226,7 @@ def _set_dropout(config: PreTrainedConfig, probability: float) -> None:
 
 
 def _pad_token_id(options: ModelOptions, config: PreTrainedConfig) -> int:
-    """The tokenizer's pad token, which batches hold and classifiers look for; the config's where there is no tokenizer."""
+    """The tokenizer's pad token, which batches hold and classifiers look for; without a tokenizer the config's."""
     try:
         return int(load_tokenizer(options).pad_token_id)
     except UserError:

@@ -33,7 +33,8 @@ PUBLIC: dict[str, tuple[PreTrainedConfig, int]] = {
     "smollm2-135m": (  # HuggingFaceTB/SmolLM2-135M-Instruct
         LlamaConfig(
             vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-            num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5, tie_word_embeddings=True, **_rope(1e5),
+            num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5, tie_word_embeddings=True,
+            **_rope(1e5),
         ),
         134_515_008,
     ),
