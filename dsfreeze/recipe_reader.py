@@ -38,8 +38,12 @@ class Draft:
     mistakes: dict[Key, tuple[str, str]] = field(default_factory=dict)
 
     def place(self, key: Key) -> str:
-        """Where `key`, or else the section around it, stands."""
-        return next((self.where[key[:n]] for n in range(len(key), 0, -1) if key[:n] in self.where), self.origin)
+        """Where `key` stands, or else what is inside it, or else the section around it."""
+        if key in self.where:
+            return self.where[key]
+        inside = (place for other, place in self.where.items() if key and other[: len(key)] == key)
+        around = (self.where[key[:n]] for n in range(len(key) - 1, 0, -1) if key[:n] in self.where)
+        return next(inside, next(around, self.origin))
 
     def blame(self, key: Key, text: str, place: str = "") -> None:
         """Note a mistake; the first one about a key is the one that is told."""
@@ -121,6 +125,8 @@ def _section_for(draft: Draft, key: Key) -> dict[str, Any] | None:
     """The mapping at `key`, made where there is none yet; None where a single value stands in the way."""
     values = draft.values
     for depth, name in enumerate(key):
+        if _holds_single_value(key[: depth + 1]):
+            return None
         inner = values.get(str(name))
         if key[: depth + 1] == ("model",) and isinstance(inner, str):
             inner = {"name": inner}
@@ -131,6 +137,13 @@ def _section_for(draft: Draft, key: Key) -> dict[str, Any] | None:
         values[str(name)] = inner
         values = inner
     return values
+
+
+def _holds_single_value(key: Key) -> bool:
+    if key in SECTIONS or key not in set(_all_keys()):
+        return False
+    annotation, metadata, _ = _declared(key)
+    return type_words(annotation, metadata) != "a mapping"
 
 
 def _spell_out_sections(draft: Draft) -> None:

@@ -53,6 +53,12 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_text(self, text: str) -> yaml.Node:
+        """Unicode's own line ends go in double quotes: PyYAML folds them away in any other style."""
+        style = '"' if any(end in text for end in "\x85\u2028\u2029") else None
+        node: yaml.Node = self.represent_scalar(_TAG + "str", text, style=style)
+        return node
+
 
 def _use_core_schema(*classes: Any) -> None:
     for cls in classes:
@@ -62,6 +68,7 @@ def _use_core_schema(*classes: Any) -> None:
 
 
 _use_core_schema(_Loader, _Dumper)
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def dump_yaml(value: Any) -> str:

@@ -34,7 +34,7 @@ STEPS, EVENTS, SUMMARY = "steps.jsonl", "events.jsonl", "summary.json"
 
 @dataclass(frozen=True)
 class RecordData:
-    """What a record says. `steps` are in order, each step once: a resumed run's lines replace those it went back over."""
+    """What a record says. `steps` are in order, each step once: a resumed run's lines replace those it repeats."""
 
     folder: Path
     recipe: dict[str, Any]
@@ -178,8 +178,8 @@ def read_record(folder: Path | str) -> RecordData:
     except UserError as error:
         raise UserError(f"{folder / PLAN}: {error}") from None
     return RecordData(
-        folder, document.values, plan, environment,
-        steps=_in_order(folder / STEPS), events=list(_read_lines(folder / EVENTS)), summary=_read_object(folder / SUMMARY),
+        folder, document.values, plan, environment, steps=_in_order(folder / STEPS),
+        events=list(_read_lines(folder / EVENTS)), summary=_read_object(folder / SUMMARY),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Trackers beside the record: TensorBoard and Weights & Biases, behind three methods. Rank 0 alone may start them, and the
+"""Trackers beside the record: TensorBoard and Weights & Biases, behind three methods. Rank 0 alone may start them: the
 caller sees to that.
 """
 
@@ -55,8 +55,8 @@ class WeightsAndBiases:
             self.run = wandb.init(project=project, name=name, dir=str(folder), config=dict(recipe))
         except wandb.errors.Error as error:
             raise UserError(
-                f"wandb did not start: {error}. Log in with `wandb login`, set WANDB_MODE=offline, or leave wandb out of "
-                "train.report_to."
+                f"wandb did not start: {error}. Log in with `wandb login`, set WANDB_MODE=offline, or leave wandb out "
+                "of train.report_to."
             ) from None
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
