@@ -44,7 +44,7 @@ def plain_loop(choice, steps, *, clip=0.0, decay=0.0, accumulation=1):
             group["lr"] = 1e-2 * (1 - 0.02 * step)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses, norms, dict(model.named_parameters())
 
 
@@ -72,7 +72,7 @@ def test_equals_a_plain_loop(choice, options):
 
 
 def test_frozen_stays_frozen_to_the_bit_and_movement_says_so():
-    """Oracle: the weights before; then a frozen tensor is changed by hand, and a trained one held, and both are named."""
+    """Oracle: the weights before; a frozen tensor is changed, a trained one put back by hand, and both named."""
     engine = make("bottom", weight_decay=0.1)
     before = {n: p.detach().clone() for n, p in engine.module.named_parameters()}
     train_steps(engine, 0, 3)
@@ -88,7 +88,7 @@ def test_frozen_stays_frozen_to_the_bit_and_movement_says_so():
 
 
 def test_nothing_is_recorded_below_the_lowest_trainable_layer():
-    """Oracle: the autograd graph itself, walked from the loss: of 4 blocks it holds two, and frozen activations have no graph."""
+    """Oracle: whether what leaves a block has a graph: of 4 blocks, the two that train."""
     engine = make("bottom")
     outputs = {}
     for index, block in enumerate(engine.module.model.layers):
@@ -147,8 +147,8 @@ def backward_gigaflops(engine):
 
 
 def test_checkpointing_starts_at_the_lowest_trainable_layer():
-    """Oracle: 0.948 GF of backward and recomputation (transformers' own switch: 2.760; no checkpointing: 0.679), and the
-    gradients without checkpointing."""
+    """Oracle: 0.948 GF of backward and recomputation (transformers' own switch: 2.760; no checkpointing: 0.679), and
+    the gradients without checkpointing."""
     engine, plain = lm8(True), lm8(False)
     engine._modes.train()
     plain._modes.train()
@@ -165,7 +165,7 @@ def test_checkpointing_starts_at_the_lowest_trainable_layer():
 def test_state_comes_back_and_training_goes_on_to_the_bit(bf16):
     """Oracle: the uninterrupted run."""
     whole = make("interval", bf16=bf16, weight_decay=0.1)
-    first, _ = train_steps(whole, 0, 3)
+    train_steps(whole, 0, 3)
     state = whole.export_state()
     rest, _ = train_steps(whole, 3, 6)
     assert ("master" in next(iter(state.values()))) is bf16
@@ -178,7 +178,7 @@ def test_state_comes_back_and_training_goes_on_to_the_bit(bf16):
 
 
 def test_bf16_keeps_small_updates_in_the_masters():
-    """Oracle: fp32 training. At 1e-5 a step a bf16 weight near 1 never moves; its master does, and so does the sum of steps."""
+    """Oracle: bf16's spacing near 1 is 4e-3: at 1e-5 a step the weight cannot move, and its master must."""
     engine = make("bottom", bf16=True)
     name = "model.norm.weight"
     for step in range(4):
@@ -249,7 +249,7 @@ class TestMistakes:
         engine = make("bottom")
         state = engine.export_state()
         del state["lm_head.weight"]
-        with pytest.raises(UserError, match="does not hold 'lm_head.weight'"):
+        with pytest.raises(UserError, match=r"does not hold 'lm_head\.weight'"):
             make("bottom").load_state(state)
 
     def test_no_update_when_the_gradient_is_not_finite(self):

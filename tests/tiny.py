@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dsfreeze.anatomy import Anatomy, Layer, Tensor
 from dsfreeze.plan import Phase
 from dsfreeze.recipe import Recipe
+from dsfreeze.zero_config import deepspeed_config
 
 CATEGORIES = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o",
@@ -69,28 +70,22 @@ def phase_of(anatomy: Anatomy, choice: str | list[str]) -> Phase:
 
 def recipe_of(zero: str = "zero2", **train: Any) -> Recipe:
     """eps is large, because Adam with a small one turns rounding noise into differences."""
-    options = {"adam_epsilon": 1e-3, "learning_rate": 1e-2, "max_grad_norm": 0.0, "max_steps": 10, **train}
+    options = {
+        "adam_epsilon": 1e-3,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0.0,
+        "max_steps": 10,
+        "per_device_train_batch_size": 1,
+    }
+    options |= train
     return Recipe.model_validate({"model": "tiny", "task": "causal_lm", "zero": zero, "train": options})
 
 
-def config_of(recipe: Recipe, stage: int, *, offload: bool = False, **zero: Any) -> dict[str, Any]:
-    """A DeepSpeed configuration of that stage, buckets small."""
-    train = recipe.train
-    options: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 4096, "allgather_bucket_size": 4096}
-    if stage == 3:
-        options |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 4096}
-    if offload:
-        options["offload_optimizer"] = {"device": "cpu"}
-    return {
-        "train_micro_batch_size_per_gpu": train.per_device_train_batch_size,
-        "gradient_accumulation_steps": train.gradient_accumulation_steps,
-        "gradient_clipping": train.max_grad_norm,
-        "bf16": {"enabled": train.bf16},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {**options, **zero},
-        "steps_per_print": None,
-    }
+def config_of(recipe: Recipe, world_size: int, **zero: Any) -> dict[str, Any]:
+    """The shipped configuration that the recipe names, its buckets smaller than the model, and further keys."""
+    config = deepspeed_config(recipe, world_size, largest_set=4096)
+    config["zero_optimization"] |= zero
+    return config
 
 
 def examples(step: int, count: int = 4, length: int = 8, vocab: int = 61) -> dict[str, torch.Tensor]:

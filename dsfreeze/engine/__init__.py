@@ -38,8 +38,9 @@ class Movement:
     never_moved: tuple[str, ...]
 
 
-#: Full (unsharded) CPU tensors of one trained parameter: `weight` in the model's dtype, fp32 `master` (absent in fp32, where the weight
-#: is its own master), fp32 `exp_avg` and `exp_avg_sq`, and `step` as a 0-dim fp32 tensor; the last three are absent before a first step.
+#: Full (unsharded) CPU tensors of one trained parameter: `weight` in the model's dtype, fp32 `master` (absent in fp32,
+#: where the weight is its own master), fp32 `exp_avg` and `exp_avg_sq`, and `step` as a 0-dim fp32 tensor; the last
+#: three are absent before a first step.
 TensorState = dict[str, "torch.Tensor"]
 
 
@@ -55,7 +56,7 @@ class Engine(Protocol):
         """Make exactly the phase's tensors trainable (collective: digests of the set are compared first)."""
 
     def forward_backward(self, batch: Mapping[str, torch.Tensor], weight: float) -> float:
-        """Backward of `weight` x the model's own (mean) loss; returns that product. With weight 0 the batch is a filler.
+        """Backward of `weight` x the model's own (mean) loss; returns that product. With weight 0 a batch is a filler.
 
         Called gradient_accumulation_steps times before `step`. Gradients SUM over ranks and micro-steps: whoever calls
         passes local items / global items as the weight, so that a step does not depend on the world size.

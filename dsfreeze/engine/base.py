@@ -19,7 +19,7 @@ from dsfreeze.anatomy import Anatomy
 from dsfreeze.engine import Memory, Movement, TensorState
 from dsfreeze.engine.flats import Flat
 from dsfreeze.engine.groups import Group, by_name, group_tensors
-from dsfreeze.engine.memory import Meter, nbytes, storage_bytes
+from dsfreeze.engine.memory import Meter, nbytes, spanned_bytes
 from dsfreeze.engine.modes import Modes, set_trainable
 from dsfreeze.engine.movement import Checksums, changed, checksums, merge
 from dsfreeze.errors import UserError, did_you_mean
@@ -30,7 +30,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class BaseEngine(ABC):
-    """See `dsfreeze.engine.Engine` for the contract; `groups` are the optimizer's groups, one layer and decay setting each."""
+    """See `dsfreeze.engine.Engine` for the contract. `groups` are the optimizer's, one layer and decay setting each."""
 
     def __init__(self, module: nn.Module, anatomy: Anatomy, recipe: Recipe, device: torch.device) -> None:
         self.module, self.anatomy, self.recipe, self.device = module, anatomy, recipe, device
@@ -41,18 +41,21 @@ class BaseEngine(ABC):
         module.to(device).eval()
         self._forward_options = {"use_cache": False} if _takes(module, "use_cache") else {}
         self._named = by_name(module)
+        self._parameters = list(module.named_parameters())
         self._meter = Meter(device)
         self._trainable: tuple[str, ...] = ()
         self._modes: Modes | None = None
         self.groups: list[Group] = []
+        #: What the optimizer steps on this rank; empty before a phase is entered.
+        self.flats: list[Flat] = []
 
     # -- phases ------------------------------------------------------------------------------------------------
 
     def enter(self, phase: Phase) -> None:
         """Make exactly the phase's tensors trainable and build the optimizer over them; the same set again is free.
 
-        Raises UserError, on every rank, when ranks name different sets, when a set is empty or names what the model lacks,
-        and when the set differs from that of the phase before.
+        Raises UserError, on every rank, when ranks name different sets, when a set is empty or names what the model
+        lacks, and when the set differs from that of the phase before.
         """
         if self._trainable and phase.trainable == self._trainable:
             return
@@ -68,18 +71,22 @@ class BaseEngine(ABC):
         self.groups = group_tensors(self.anatomy, names, self.recipe.train.weight_decay)
         self._modes = Modes(self.module, self.anatomy, names, self.recipe.train.gradient_checkpointing)
         self._modes.train()
-        self._build()
+        self.flats = self._build()
         self._trainable = phase.trainable
-        self._trained = {id(self._named[name]) for name in names}
         self._before = self._checksums()
 
     def _check_flags(self) -> None:
         """UserError when a tensor's requires_grad is not what the plan says: the optimizer would ignore the change."""
-        flipped = [n for n, p in self.module.named_parameters() if p.requires_grad != (id(p) in self._trained)]
+        # two numbers first: this runs every micro-step
+        if sum(p.requires_grad for _, p in self._parameters) == len(self._trainable) and all(
+            self._named[name].requires_grad for name in self._trainable
+        ):
+            return
+        flipped = [n for n, p in self._parameters if p.requires_grad != (n in self._trainable)]
         if flipped:
             raise UserError(
-                f"requires_grad of {_some(flipped)} was changed behind the plan's back. The optimizer was built for the "
-                "plan's tensors and ignores such a change silently; put it into the freeze plan and enter that instead."
+                f"requires_grad of {_some(flipped)} was changed behind the plan's back. The optimizer was built for "
+                "the plan's tensors and ignores such a change silently; put it into the plan and enter that instead."
             )
 
     # -- training ----------------------------------------------------------------------------------------------
@@ -126,9 +133,9 @@ class BaseEngine(ABC):
 
     @torch.no_grad()
     def export_state(self) -> dict[str, TensorState]:
-        names = [slot.name for flat in self.flats() for slot in flat.slots]
+        names = [slot.name for flat in self.flats for slot in flat.slots]
         state: dict[str, TensorState] = {n: {"weight": w} for n, w in self.export_weights(names).items()}
-        for flat in self.flats():
+        for flat in self.flats:
             moments = self.optimizer.state.get(flat.tensor, {})
             shares = {} if self.dtype == torch.float32 else {"master": flat.tensor}
             shares |= {kind: moments[kind] for kind in MOMENTS if kind in moments}
@@ -148,7 +155,7 @@ class BaseEngine(ABC):
                 f"The state holds '{unknown[0]}', which the model lacks.{did_you_mean(unknown[0], self._named)}"
             )
         self._write_weights({name: _precise(e, self.dtype) for name, e in state.items()})
-        for flat in self.flats():
+        for flat in self.flats:
             missing = [slot.name for slot in flat.slots if slot.name not in state]
             if missing:
                 raise UserError(f"The state does not hold '{missing[0]}', which the plan trains.")
@@ -197,18 +204,20 @@ class BaseEngine(ABC):
         return merge(order, [f for f, _ in found], [m for _, m in found], trained)
 
     def _checksums(self) -> Checksums:
-        frozen = ((n, self._held(p)) for n, p in self.module.named_parameters() if not p.requires_grad)
-        trained = (pair for flat in self.flats() for pair in flat.local())
+        frozen = ((n, self._held(p)) for n, p in self._parameters if not p.requires_grad)
+        trained = (pair for flat in self.flats for pair in flat.local())
         return {**checksums(frozen), **checksums(trained)}
 
     def memory(self, *, reset_peak: bool = False) -> Memory:
-        """Bytes of this rank. Step counts (0-dim), communication and staging buffers are in `allocated` alone."""
+        """Bytes of this rank. Step counts (0-dim), communication and staging buffers are in `allocated` alone, as is
+        what a gradient keeps alive beyond its own elements (at stage 1, the rest of a tensor that a shard's end cuts).
+        """
         allocated, peak = self._meter.read(reset_peak=reset_peak)
-        masters = [flat.tensor for flat in self.flats() if not isinstance(flat.tensor, nn.Parameter)]
+        masters = [flat.tensor for flat in self.flats if not isinstance(flat.tensor, nn.Parameter)]
         moments = [flat_state.get(kind) for flat_state in self._optimizer_states() for kind in MOMENTS]
         return Memory(
-            weights=nbytes(t for p in self.module.parameters() for t in self._copies(p)),
-            gradients=storage_bytes([p.grad for p in self.module.parameters()] + list(self._gradient_buffers())),
+            weights=nbytes(t for _, p in self._parameters for t in self._copies(p)),
+            gradients=spanned_bytes([p.grad for _, p in self._parameters] + list(self._gradient_buffers())),
             masters=nbytes(masters),
             optimizer_state=nbytes(moments),
             allocated=allocated,
@@ -241,19 +250,15 @@ class BaseEngine(ABC):
     optimizer: torch.optim.Optimizer
 
     @abstractmethod
-    def _build(self) -> None:
-        """Make `optimizer` over `groups` (collective)."""
-
-    @abstractmethod
-    def flats(self) -> list[Flat]:
-        """The tensors the optimizer steps, with their layout; none before a phase is entered."""
+    def _build(self) -> list[Flat]:
+        """Make `optimizer` over `groups`; the tensors it steps, with their layout (collective)."""
 
     @abstractmethod
     def _forward(self, **batch: Any) -> Any: ...
 
     @abstractmethod
     def _backward(self, loss: torch.Tensor) -> None:
-        """Add the loss's gradients to those of this step: summed over micro-steps and ranks by the time of `_update`."""
+        """Add the loss's gradients to the step's: summed over micro-steps and ranks by the time of `_update`."""
 
     @abstractmethod
     def _update(self, learning_rate: float) -> float: ...

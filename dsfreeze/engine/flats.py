@@ -1,8 +1,8 @@
 """How a rank's share of the trained tensors lies in the flat fp32 tensors that the optimizer steps, and back again.
 
-Pure tensor code, no communication: `join` makes full tensors of all ranks' shares, `cut` makes this rank's share of full
-tensors. Three layouts exist: whole (plain PyTorch, stage 0), ranges of a flattened group (stages 1 and 2), and pieces of
-every tensor laid end to end (stage 3).
+Pure tensor code, no communication: `join` makes full tensors of all ranks' shares, `cut` makes this rank's share of
+full tensors. Three layouts exist: whole (plain PyTorch, stage 0), ranges of a flattened group (stages 1 and 2), and
+pieces of every tensor laid end to end (stage 3).
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Range(Flat):
 
 
 class Pieces(Flat):
-    """Every tensor is cut into `world_size` equal pieces (the last padded); a rank's share is its pieces, end to end."""
+    """Every tensor is cut into `world_size` equal pieces (the last padded); a rank holds its pieces, end to end."""
 
     def join(self, shares: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         full = {}

@@ -1,4 +1,4 @@
-"""Where DeepSpeed 0.19.8's wrappers keep this rank's masters and gradients, as our layouts. Reads private attributes."""
+"""Where DeepSpeed 0.19.8's wrappers keep a rank's masters and gradients, as our layouts. Reads private attributes."""
 
 from __future__ import annotations
 

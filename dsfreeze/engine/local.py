@@ -30,15 +30,13 @@ class LocalEngine(BaseEngine):
         super().__init__(module, anatomy, recipe, device_of(0))
         self._stepped: dict[str, torch.Tensor] = {}
 
-    def _build(self) -> None:
+    def _build(self) -> list[Flat]:
         parameters = {name: self._named[name] for group in self.groups for name in group.tensors}
         if self.dtype != torch.float32:
             self._stepped = {n: p.detach().float().requires_grad_() for n, p in parameters.items()}
         else:
             self._stepped = dict(parameters)
         self.optimizer = make_adamw(self.groups, self._stepped, self.recipe.train)
-
-    def flats(self) -> list[Flat]:
         return [whole(name, tensor) for name, tensor in self._stepped.items()]
 
     def _forward(self, **batch: Any) -> Any:

@@ -17,10 +17,15 @@ def nbytes(tensors: Iterable[torch.Tensor | None]) -> int:
     return sum(t.numel() * t.element_size() for t in distinct.values())
 
 
-def storage_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
-    """Bytes of the storages behind the tensors, each once: what views of one buffer hold alive together."""
-    storages = {s.data_ptr(): s.nbytes() for t in tensors if t is not None for s in [t.untyped_storage()]}
-    return sum(storages.values())
+def spanned_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
+    """Bytes that contiguous tensors lie on, each byte once however many views cover it."""
+    held = (t for t in tensors if t is not None and t.numel())
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in held)
+    total, end = 0, 0
+    for first, last in spans:
+        total += max(0, last - max(first, end))
+        end = max(end, last)
+    return total
 
 
 class Meter:

@@ -1,4 +1,4 @@
-"""What moved? Cheap checksums, taken when a phase begins, that show a frozen tensor changed or a trained one stood still."""
+"""What moved? Checksums, taken when a phase begins, that show a frozen tensor changed or a trained one stood still."""
 
 from __future__ import annotations
 

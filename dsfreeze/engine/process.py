@@ -72,7 +72,7 @@ def _join(ranks: Ranks) -> bool:
 
 
 def _leave(in_order: bool) -> None:
-    """Destroy the process group; without it some runs abort at exit, their work done. After an error nobody is waited for."""
+    """Destroy the process group, without which some runs abort at exit. After an error nobody is waited for."""
     if not dist.is_initialized():
         return
     if in_order:
@@ -81,7 +81,7 @@ def _leave(in_order: bool) -> None:
 
 
 def import_deepspeed() -> Any:
-    """deepspeed, its log on standard error, the shared-memory op for CPUs (a minute's compilation, never used here) off."""
+    """deepspeed, its log on standard error and its op for CPUs switched off: a minute's compilation for nothing."""
     import deepspeed
     from deepspeed.utils import logger
 
@@ -98,9 +98,9 @@ def _free_port() -> int:
 
 
 def warn_of_locks() -> list[Path]:
-    """Lock files of extension builds, warned about: a build that was killed leaves one, and later builds wait on it for ever.
+    """Lock files of extension builds, a warning each: a killed build leaves one, and later ones wait on it for ever.
 
-    dsfreeze builds no extension and waits on none; a ds_config that makes DeepSpeed build one would.
+    dsfreeze builds no extension and waits on none; other programs that share the folder do.
     """
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     locks = sorted(folder.rglob("lock")) if folder.is_dir() else []
@@ -130,7 +130,7 @@ def agree(value: str, what: str) -> None:
 
 
 def build_engine(module: nn.Module, anatomy: Anatomy, recipe: Recipe, plan: FreezePlan) -> Engine:
-    """The engine that `recipe.zero` names, after the plan was compared across ranks (collective, within `process_group`)."""
+    """The engine that `recipe.zero` names, once all ranks have the same plan (collective, within `process_group`)."""
     agree(plan.digest, "the freeze plan")
     if is_local(recipe):
         from dsfreeze.engine.local import LocalEngine
@@ -138,4 +138,6 @@ def build_engine(module: nn.Module, anatomy: Anatomy, recipe: Recipe, plan: Free
         return LocalEngine(module, anatomy, recipe)
     from dsfreeze.engine.zero import ZeroEngine
 
-    return ZeroEngine(module, anatomy, recipe, deepspeed_config(recipe, read_ranks().world_size))
+    numel = {tensor.name: tensor.numel for tensor in anatomy.tensors}
+    largest_set = max(sum(numel[name] for name in phase.trainable) for phase in plan.phases)
+    return ZeroEngine(module, anatomy, recipe, deepspeed_config(recipe, read_ranks().world_size, largest_set))

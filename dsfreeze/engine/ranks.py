@@ -21,7 +21,7 @@ class Ranks:
 
 
 def read_ranks() -> Ranks:
-    """From RANK, WORLD_SIZE and LOCAL_RANK, which launchers set; one process without them. UserError when they are absurd."""
+    """From RANK, WORLD_SIZE and LOCAL_RANK, which launchers set; alone without them. UserError when they are absurd."""
     rank, world_size, local_rank = (_number(n, d) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if not 0 <= rank < world_size:
         raise UserError(

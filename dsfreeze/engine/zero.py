@@ -4,6 +4,8 @@ What this file knows of DeepSpeed 0.19.8 and works around:
 - Gradients are averaged over ranks and divided by the accumulation steps; ours are sums, so losses are scaled back.
 - Stage 0 in bf16 takes a trial step while it is built; it runs at learning rate 0 and its state is dropped.
 - Stage 0 in fp32 steps the bare optimizer and reports no gradient norm.
+- A gradient that is not finite is applied in bf16 at stages 1 and 2 where a check is off; it is switched on, so that
+  no stage takes such a step: `step` returns inf then.
 - Stage 1 in bf16 with fp32 accumulation keeps a full fp32 gradient for ever (BF16_Optimizer); it is refused.
 - `safe_get_full_*` fails in every group but the first (stages 1, 2) and GatheredParameters may read before a step's
   all-gather has ended (stage 3): state is read from the shards themselves.
@@ -46,7 +48,7 @@ class ZeroEngine(BaseEngine):
 
     # -- building ----------------------------------------------------------------------------------------------
 
-    def _build(self) -> None:
+    def _build(self) -> list[Flat]:
         self._refuse_full_gradients()
         self.optimizer = make_adamw(self.groups, self._named, self.recipe.train)
         self.engine, *_ = import_deepspeed().initialize(
@@ -54,17 +56,17 @@ class ZeroEngine(BaseEngine):
         )
         if self.stage == 0:
             self.optimizer.state.clear()
+        elif self.stage < 3:
+            self.engine.optimizer.check_grad_overflow = True
+        return flats_of(self.engine, self.rank, self.world_size)
 
     def _refuse_full_gradients(self) -> None:
         accumulates = self.config.get("data_types", {}).get("grad_accum_dtype")
         if self.stage == 1 and self.dtype == torch.bfloat16 and accumulates in ("fp32", "float32"):
             raise UserError(
-                "data_types.grad_accum_dtype: fp32 at stage 1 in bf16 makes DeepSpeed keep a full fp32 gradient of every "
-                "trained tensor on every rank. Use stage 2, which shards it, or drop the key."
+                "data_types.grad_accum_dtype: fp32 at stage 1 in bf16 makes DeepSpeed keep a full fp32 gradient of "
+                "every trained tensor on every rank. Use stage 2, which shards it, or drop the key."
             )
-
-    def flats(self) -> list[Flat]:
-        return flats_of(self.engine, self.rank, self.world_size) if self.engine else []
 
     # -- training ----------------------------------------------------------------------------------------------
 
@@ -91,7 +93,7 @@ class ZeroEngine(BaseEngine):
         return norm if math.isfinite(norm) else math.inf
 
     def _bare_norm(self) -> float:
-        """The global norm at stage 0 in fp32, where gradients are whole; without gradients nothing moves if it is not finite."""
+        """The norm at stage 0 in fp32, where gradients are whole; they are dropped when it is not finite."""
         norm = float(get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
         if not math.isfinite(norm):
             self.engine.zero_grad()

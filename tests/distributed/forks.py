@@ -9,6 +9,7 @@ pickled by name. The server, and not this process, is forked, because a process 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing as mp
 import os
 import pickle
@@ -62,12 +63,14 @@ def outcomes_of(body: Callable[..., Any], *args: Any, world_size: int = 2, timeo
     """Run `body(*args)` on every rank; how each ended. No rank outlives this call."""
     context = _context()
     port = _free_port()
+    # bytes, because multiprocessing's own pickling would pass every tensor as an open file
+    task = pickle.dumps((body, args))
     pipes, children = [], []
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_SIZE": world_size}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        child = context.Process(target=_child, args=(theirs, environment, timeout, body, args), daemon=True)
+        child = context.Process(target=_child, args=(theirs, environment, timeout, task), daemon=True)
         child.start()
         theirs.close()
         pipes.append(ours)
@@ -109,15 +112,15 @@ def _read(pipe: Connection) -> Outcome:
         return Outcome("died", text="(the process ended without a word)")
 
 
-def _child(
-    pipe: Connection, environment: dict[str, Any], timeout: float, body: Callable[..., Any], args: tuple
-) -> None:
+def _child(pipe: Connection, environment: dict[str, Any], timeout: float, task: bytes) -> None:
     import torch
 
+    gc.freeze()  # DeepSpeed collects garbage when it builds stage 3: not what the server imported
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(timeout - 1, exit=True)
     try:
+        body, args = pickle.loads(task)  # noqa: S301 - our own parent wrote it
         outcome = Outcome("ok", body(*args))
     except Exception as error:  # noqa: BLE001 - reported to the test
         outcome = Outcome("error", None, type(error).__name__, traceback.format_exc())

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from forks import RanksFailed, outcomes_of, run_ranks
 from tiny import (
     SETS,
@@ -23,12 +24,13 @@ from tiny import (
 )
 
 from dsfreeze.engine.local import LocalEngine
-from dsfreeze.engine.process import process_group
+from dsfreeze.engine.process import build_engine, process_group
 from dsfreeze.engine.zero import ZeroEngine
 from dsfreeze.errors import UserError
-from dsfreeze.plan import Phase
+from dsfreeze.plan import FreezePlan, Phase
+from dsfreeze.zero_config import ds_configs
 
-STEPS = 6
+STEPS = 5
 #: choice of layers, training options: every set, clipping that bites, accumulation, decay, checkpointing
 CASES = [
     ("full", {"max_grad_norm": 0.5}),
@@ -36,15 +38,17 @@ CASES = [
     ("top", {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
     ("interval", {"gradient_accumulation_steps": 2, "weight_decay": 0.1, "max_grad_norm": 0.5}),
 ]
-#: stage, offload, further zero_optimization keys
+SHARDED = {"stage3_param_persistence_threshold": 0}
+#: shipped configuration, further zero_optimization keys
 LAYOUTS = [
-    (0, False, {}),
-    (1, False, {"round_robin_gradients": True}),
-    (2, False, {}),
-    (3, False, {}),
-    (2, True, {}),
-    (3, True, {"stage3_param_persistence_threshold": 1000}),
+    ("zero0", {}),
+    ("zero1", {"round_robin_gradients": True}),
+    ("zero2", {}),
+    ("zero3", SHARDED),
+    ("zero2_offload", {"round_robin_gradients": True}),
+    ("zero3_offload", {"stage3_param_persistence_threshold": 1000, "sub_group_size": 3000}),
 ]
+STAGES = [("zero0", {}), ("zero1", {}), ("zero2", {}), ("zero3", SHARDED)]
 
 
 def make_local(choice, **train):
@@ -55,13 +59,14 @@ def make_local(choice, **train):
     return engine
 
 
-def make_zero(choice, stage, *, offload=False, zero=None, **train):
-    """Within a process group."""
+def make_zero(choice, name, zero=None, **train):
+    """Within a process group; `choice` None enters no phase."""
     model = tiny_llama()
     anatomy = llama_anatomy(model)
-    recipe = recipe_of(f"zero{stage}", **train)
-    engine = ZeroEngine(model, anatomy, recipe, config_of(recipe, stage, offload=offload, **(zero or {})))
-    engine.enter(phase_of(anatomy, choice))
+    recipe = recipe_of(name, **train)
+    engine = ZeroEngine(model, anatomy, recipe, config_of(recipe, dist.get_world_size(), **(zero or {})))
+    if choice:
+        engine.enter(phase_of(anatomy, choice))
     return engine
 
 
@@ -85,9 +90,9 @@ def golden(cases, bf16=False):
 def train_everywhere(layouts, cases, bf16):
     results = {}
     with process_group(recipe_of()):
-        for number, (stage, offload, zero) in enumerate(layouts):
+        for number, (name, zero) in enumerate(layouts):
             for case, (choice, train) in enumerate(cases):
-                engine = make_zero(choice, stage, offload=offload, zero=zero, bf16=bf16, **train)
+                engine = make_zero(choice, name, zero, bf16=bf16, **train)
                 losses, norms = train_steps(engine, 0, STEPS, accumulation=accumulation_of(train))
                 weights = engine.export_weights(n for n, _ in engine.module.named_parameters())
                 results[number, case] = (losses, norms, weights, engine.movement())
@@ -123,7 +128,16 @@ def test_every_stage_equals_local(bf16, close):
 def one_process():
     with process_group(recipe_of()) as ranks:
         assert ranks.world_size == 1
-        return {stage: train_steps(make_zero("bottom", stage), 0, 3) for stage in range(4)}
+        results = {}
+        for name in ds_configs():
+            module = tiny_llama()
+            anatomy = llama_anatomy(module)
+            plan = FreezePlan("bottom", (phase_of(anatomy, "bottom"),))
+            engine = build_engine(module, anatomy, recipe_of(name), plan)
+            engine.enter(plan.phases[0])
+            results[name] = train_steps(engine, 0, 3)
+            engine.close()
+        return results
 
 
 def test_one_process_needs_no_launcher(monkeypatch):
@@ -160,7 +174,7 @@ def count_bytes():
     found = {}
     with process_group(recipe_of()):
         for stage, bf16 in BYTES:
-            engine = make_zero("bottom", stage, bf16=bf16)
+            engine = make_zero("bottom", f"zero{stage}", SHARDED if stage == 3 else None, bf16=bf16)
             train_steps(engine, 0, 1)
             batch, weight = micro_batches(examples(1), engine.rank, W, 1)[0]
             engine.forward_backward(batch, weight)
@@ -190,31 +204,40 @@ def test_bytes_are_of_the_trained_tensors_alone():
 # -- state -----------------------------------------------------------------------------------------------------------
 
 
-def save_in_the_middle(layouts, bf16):
-    """State after 3 steps, and what steps 3 .. 5 give without interruption."""
+def interrupt(layouts, bf16):
+    """By layout: state after 3 steps, losses of steps 3 and 4, the state then; and the last two from a fresh engine."""
     results = []
     with process_group(recipe_of()):
-        for stage, offload, zero in layouts:
-            engine = make_zero("interval", stage, offload=offload, zero=zero, bf16=bf16, weight_decay=0.1)
+        for name, zero in layouts:
+            engine = make_zero("interval", name, zero, bf16=bf16, weight_decay=0.1)
             train_steps(engine, 0, 3)
             state = engine.export_state()
             rest, _ = train_steps(engine, 3, STEPS)
-            results.append((state, rest, engine.export_state()))
+            end = engine.export_state()
             engine.close()
+            results.append((state, rest, end, *go_on(everyones(state), name, zero, bf16)[1:]))
     return results
+
+
+def everyones(state):
+    values = [state]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def go_on(state, name, zero, bf16):
+    engine = make_zero("interval", name, zero, bf16=bf16, weight_decay=0.1)
+    engine.load_state(state)
+    again = engine.export_state()
+    rest, _ = train_steps(engine, 3, STEPS)
+    end = engine.export_state()
+    engine.close()
+    return again, rest, end
 
 
 def load_and_go_on(pairs, bf16):
-    results = []
     with process_group(recipe_of()):
-        for state, (stage, offload, zero) in pairs:
-            engine = make_zero("interval", stage, offload=offload, zero=zero, bf16=bf16, weight_decay=0.1)
-            engine.load_state(state)
-            again = engine.export_state()
-            rest, _ = train_steps(engine, 3, STEPS)
-            results.append((again, rest, engine.export_state()))
-            engine.close()
-    return results
+        return [go_on(state, name, zero, bf16) for state, (name, zero) in pairs]
 
 
 def assert_same_state(mine, theirs):
@@ -228,29 +251,30 @@ def assert_same_state(mine, theirs):
 @pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_state_moves_between_stages_and_world_sizes(bf16):
-    """Oracle: the uninterrupted run. Two ranks to one and back; what is loaded is exported again to the bit, and training
-    goes on bit-equal within a layout and a world size, to 1e-6 across them in fp32 (3e-2 in bf16)."""
+    """Oracle: the uninterrupted run. What is loaded is exported again to the bit, at every stage, on one rank, and on
+    two again. Training goes on bit-equal within a layout and world size; across them to 1e-6 in fp32, 3e-2 in bf16.
+    """
     close = 3e-2 if bf16 else 1e-6
-    saved = run_ranks(save_in_the_middle, LAYOUTS, bf16, timeout=120)[0]
-    states = [state for state, _, _ in saved]
-    same = run_ranks(load_and_go_on, list(zip(states, LAYOUTS, strict=True)), bf16, timeout=120)[0]
-    for (state, rest, end), (again, went_on, reached) in zip(saved, same, strict=True):
-        assert_same_state(again, state)
+    saved = run_ranks(interrupt, LAYOUTS, bf16, timeout=120)[0]
+    for _, rest, end, went_on, reached in saved:
         assert went_on == rest
         assert_same_state(reached, end)
+    states = [state for state, *_ in saved]
     shifted = list(zip(states, LAYOUTS[1:] + LAYOUTS[:1], strict=True))
     alone = run_ranks(load_and_go_on, shifted, bf16, world_size=1, timeout=120)[0]
-    back = run_ranks(load_and_go_on, list(zip([a for a, _, _ in alone], LAYOUTS, strict=True)), bf16, timeout=120)[0]
-    for (state, rest, _), (one, one_rest, _), (two, two_rest, _) in zip(saved, alone, back, strict=True):
-        assert_same_state(one, state)
-        assert_same_state(two, state)
-        assert one_rest == pytest.approx(rest, abs=close)
-        assert two_rest == pytest.approx(rest, abs=close)
+    back = list(zip([again for again, _, _ in alone], LAYOUTS, strict=True))[1::2]
+    twice = run_ranks(load_and_go_on, back, bf16, timeout=120)[0]
+    for (state, rest, *_), (again, went_on, _) in [
+        *zip(saved, alone, strict=True),
+        *zip(saved[1::2], twice, strict=True),
+    ]:
+        assert_same_state(again, state)
+        assert went_on == pytest.approx(rest, abs=close)
 
 
 def local_to_zero(state):
     with process_group(recipe_of()):
-        engine = make_zero("bottom", 3, max_grad_norm=0.5)
+        engine = make_zero("bottom", "zero3", max_grad_norm=0.5)
         engine.load_state(state)
         return train_steps(engine, 3, STEPS)[0]
 
@@ -269,8 +293,8 @@ def test_state_of_the_local_engine_loads_at_stage_3():
 def describe():
     found = {}
     with process_group(recipe_of()) as ranks:
-        for stage in range(4):
-            engine = make_zero("interval", stage, weight_decay=0.1, gradient_checkpointing=True)
+        for stage, (name, zero) in enumerate(STAGES):
+            engine = make_zero("interval", name, zero, weight_decay=0.1, gradient_checkpointing=True)
             held = [(g["weight_decay"], g["lr"]) for g in engine.optimizer.param_groups]
             engine.module.train()
             batch, weight = micro_batches(examples(0), engine.rank, engine.world_size, 1)[0]
@@ -278,6 +302,7 @@ def describe():
             for name, module in engine.module.named_modules():
                 module.register_forward_pre_hook(lambda m, a, name=name, modes=modes: modes.update({name: m.training}))
             engine.forward_backward(batch, weight)
+            seen = dict(modes)
             engine.step(1e-2)
             full = engine.no_grad_forward({"input_ids": batch["input_ids"]}).logits
             prompt = {"input_ids": batch["input_ids"][: ranks.rank + 1], "attention_mask": None}
@@ -286,7 +311,7 @@ def describe():
             found[stage] = {
                 "layers": [(g.layer, g.weight_decay) for g in engine.groups],
                 "optimizer": held,
-                "modes": modes,
+                "modes": seen,
                 "logits": full,
                 "text": text.shape,
                 "sum": engine.sum([1.5, 10.0 * engine.rank]),
@@ -314,8 +339,8 @@ def test_groups_modes_and_collectives():
 def fill():
     results = []
     with process_group(recipe_of()) as ranks:
-        for stage in range(4):
-            engine = make_zero("bottom", stage, gradient_accumulation_steps=2)
+        for name, zero in STAGES:
+            engine = make_zero("bottom", name, zero, gradient_accumulation_steps=2)
             batch, _ = micro_batches(examples(0), 0, 1, 1)[0]
             filler = {"input_ids": batch["input_ids"], "labels": torch.full_like(batch["labels"], -100)}
             engine.forward_backward(*((batch, 1.0) if ranks.rank == 0 else (filler, 0.0)))
@@ -326,7 +351,7 @@ def fill():
 
 
 def test_fillers_add_exactly_nothing():
-    """Oracle: one process with the one real batch; rank 1 and the second micro-step have fillers alone, whose mean loss is NaN."""
+    """Oracle: one process with the one real batch. Rank 1 and micro-step 2 have fillers, whose mean loss is NaN."""
     engine = make_local("bottom")
     engine.forward_backward(*micro_batches(examples(0), 0, 1, 1)[0])
     norm = engine.step(1e-2)
@@ -338,8 +363,8 @@ def test_fillers_add_exactly_nothing():
 def spoil():
     results = []
     with process_group(recipe_of()):
-        for stage, bf16 in [(0, False), (1, True), (2, False), (3, False)]:
-            engine = make_zero("bottom", stage, bf16=bf16)
+        for name, bf16 in [("zero0", False), ("zero0", True), ("zero1", True), ("zero2", False), ("zero3", True)]:
+            engine = make_zero("bottom", name, bf16=bf16)
             before = engine._before
             engine.forward_backward(micro_batches(examples(0), engine.rank, 2, 1)[0][0], math.inf)
             results.append((engine.step(1e-2), engine._checksums() == before))
@@ -349,32 +374,30 @@ def spoil():
 
 def test_no_update_when_the_gradient_is_not_finite():
     """Oracle: checksums of masters and weights before."""
-    assert run_ranks(spoil)[0] == [(math.inf, True)] * 4
+    assert run_ranks(spoil)[0] == [(math.inf, True)] * 5
 
 
 # -- mistakes --------------------------------------------------------------------------------------------------------
 
 
-def diverge(stage, sets):
+def diverge(name, sets):
     with process_group(recipe_of()) as ranks:
-        make_zero(sets[ranks.rank], stage)
+        make_zero(sets[ranks.rank], name)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
 @pytest.mark.parametrize("sets", [(["layers.2"], ["layers.1"]), (["layers.2"], ["layers.2", "layers.3"])])
-def test_ranks_that_disagree_are_an_error_on_every_rank(stage, sets):
+def test_ranks_that_disagree_are_an_error_on_every_rank(name, sets):
     """Oracle: DeepSpeed itself trains the first pair silently wrong at stages 0 to 2, and hangs at 3."""
-    for outcome in outcomes_of(diverge, stage, sets, timeout=30):
+    for outcome in outcomes_of(diverge, name, sets, timeout=30):
         assert outcome.error == "UserError"
         assert "disagree about which tensors train" in outcome.text
 
 
-def mistakes(stage):
+def mistakes(name):
     with process_group(recipe_of()):
-        model = tiny_llama()
-        anatomy = llama_anatomy(model)
-        recipe = recipe_of()
-        engine = ZeroEngine(model, anatomy, recipe, config_of(recipe, stage))
+        engine = make_zero(None, name)
+        anatomy = engine.anatomy
         with pytest.raises(UserError, match="every tensor is frozen"):
             engine.enter(Phase(0, None, ()))
         engine.enter(phase_of(anatomy, "bottom"))
@@ -385,17 +408,15 @@ def mistakes(stage):
             train_steps(engine, 0, 1)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_mistakes_are_errors_on_every_rank(stage):
-    run_ranks(mistakes, stage)
+@pytest.mark.parametrize("name", ["zero1", "zero3"])
+def test_mistakes_are_errors_on_every_rank(name):
+    run_ranks(mistakes, name)
 
 
 def accumulate_in_fp32():
     with process_group(recipe_of()):
-        recipe = recipe_of("zero1", bf16=True)
-        model = tiny_llama()
-        config = {**config_of(recipe, 1), "data_types": {"grad_accum_dtype": "fp32"}}
-        engine = ZeroEngine(model, llama_anatomy(model), recipe, config)
+        engine = make_zero(None, "zero1", bf16=True)
+        engine.config["data_types"] = {"grad_accum_dtype": "fp32"}
         with pytest.raises(UserError, match="Use stage 2"):
             engine.enter(phase_of(engine.anatomy, "bottom"))
 
@@ -417,7 +438,7 @@ def test_a_local_recipe_runs_in_one_process():
 
 def die(rank_that_fails):
     with process_group(recipe_of()) as ranks:
-        engine = make_zero("bottom", 2)
+        engine = make_zero("bottom", "zero2")
         if ranks.rank == rank_that_fails:
             raise OSError("disk gone")
         train_steps(engine, 0, 100)
