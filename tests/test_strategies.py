@@ -185,6 +185,12 @@ class TestKinds:
         biases = {t.name for t in anatomy.tensors if t.name.endswith(".bias")}
         assert trained(anatomy, strategy="bitfit") == biases | whole(anatomy, "head")
 
+    def test_a_head_with_few_rows_is_a_tasks_own(self):
+        """BERT looks up 2 token types and 16 positions as well as words; 2 labels do not make a language model."""
+        for labels in (2, 16):
+            anatomy = anatomies.bert(labels=labels)
+            assert whole(anatomy, "head") <= trained(anatomy, strategy="norms")
+
     def test_bitfit_on_a_model_without_biases_offers_norms(self):
         with pytest.raises(UserError, match="'norms'"):
             plan_of(anatomies.llama(), strategy="bitfit")

@@ -53,10 +53,7 @@ def auto_ends(
     embed = frozenset() if _first_is_frozen(anatomy, blocks) else end_names(anatomy, "embed")
     norm = end_names(anatomy, "norm")
     head = frozenset(t.name for t in _tensors(anatomy, "head"))
-    tied = tied_head(anatomy)
-    if tied is not None and tied.name not in embed:
-        head -= {tied.name}
-    chosen = embed | norm | head
+    chosen = embed | norm | head  # a tied head is among the embedding's tensors, and goes with it
     if allowed is not None:
         chosen &= allowed
     return chosen | (head if is_task_head(anatomy) else frozenset())
