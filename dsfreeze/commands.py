@@ -47,5 +47,5 @@ def export_folder(source: Path, output: Path, *, delta: bool, base: str | None) 
     job = prepare_job(recipe)
     weights = {name: entry["weight"] for name, entry in checkpoint.state().items()}
     if delta:
-        return export_delta(output, weights, plan=job.plan, base=job.base, recipe=recipe)
+        return export_delta(output, weights, module=job.module, plan=job.plan, base=job.base, recipe=recipe)
     return export_model(output, job.module, job.tokenizer, weights=weights, plan=job.plan, recipe=recipe, metrics={})

@@ -32,9 +32,9 @@ from dsfreeze.interrupt import Interrupt, Interrupted
 from dsfreeze.job import Job, prepare_job
 from dsfreeze.progress import StepBar
 from dsfreeze.recipe import Recipe
-from dsfreeze.record import Record
+from dsfreeze.record import Record, require_free
 from dsfreeze.schedule import learning_rate_schedule
-from dsfreeze.trackers import start_trackers
+from dsfreeze.trackers import require_trackers, start_trackers
 
 
 def train(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
@@ -45,6 +45,7 @@ def train(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     console = console or Console(stderr=True)
     with process_group(recipe) as ranks:
         agree(hashlib.sha256(recipe.model_dump_json().encode()).hexdigest(), "the recipe")
+        require_trackers(recipe)
         job = prepare_job(recipe)
         agree(job.plan.digest, "the freeze plan")
         run = Run(job, console if ranks.rank == 0 else Console(quiet=True), ranks)
@@ -76,6 +77,7 @@ class Run:
     # -- the run -----------------------------------------------------------------------------------------------
 
     def start(self) -> dict[str, Any]:
+        require_free(self.output_dir, self.job.plan, resume=bool(self.options.resume_from_checkpoint))
         resumed = self._find_checkpoint()
         engine = build_engine(self.job.module, self.job.anatomy, self.job.recipe, self.job.plan)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 
@@ -51,12 +52,14 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
 
 
 def models_table(rows: Iterable[Any]) -> Table:
-    table = Table("name", "what", "parameters", "licence", "at hand", title="embedded models", title_justify="left")
+    table = Table(box=SIMPLE, title="embedded models, and shapes to plan with", title_justify="left", pad_edge=False)
+    table.add_column("name", no_wrap=True)
+    table.add_column("parameters", no_wrap=True, justify="right")
+    table.add_column("what")
     for row in rows:
-        table.add_row(row.name, row.what, million(row.parameters), row.licence, "yes" if row.available else row.install)
-    table.caption = (
-        "Or write model: as a Hugging Face hub id (Qwen/Qwen2.5-0.5B), a folder that from_pretrained loads, or a .gguf file."
-    )
+        table.add_row(row.name, million(row.parameters), f"{row.what}. {row.licence}. At hand: {row.available}")
+    table.caption = "Or write model: as a hub id (Qwen/Qwen2.5-0.5B), a folder\nthat from_pretrained loads, or a .gguf file."
+    table.caption_justify = "left"
     return table
 
 

@@ -30,6 +30,7 @@ PRELOADED = [
     "deepspeed.runtime.zero.stage3",
     "dsfreeze.engine.zero",
     "dsfreeze.engine.local",
+    "dsfreeze.loop",
 ]
 
 

@@ -1,0 +1,206 @@
+"""Where rows come from: a hub id, a folder, a file, or `builtin:nli`; all of them become a `Table`.
+
+Reading is left to `datasets`. What is added here is the answer to a mistake: a missing file, split or column is named
+with its nearest neighbour, a broken JSON line with its number.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+
+import dsfreeze.data.nli as nli
+from dsfreeze.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+#: The reader of `datasets` for each file name ending.
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+BUILTIN = {"builtin:nli": nli.generate}
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows, what the user calls them, and each row's number in the source (1 is the first)."""
+
+    rows: Dataset
+    name: str
+    numbers: Sequence[int] | np.ndarray
+
+    @property
+    def columns(self) -> list[str]:
+        return self.rows.column_names
+
+    def where(self, index: int) -> str:
+        """How an error names row `index`."""
+        return f"{self.name}, row {self.numbers[index]}"
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Table:
+        """These rows, still under their numbers in the source."""
+        return Table(self.rows.select(indices), self.name, np.asarray(self.numbers)[np.asarray(indices, dtype=int)])
+
+    def require(self, columns: Sequence[str], key: str) -> list[str]:
+        """The columns, if the table has them all; `key` is the recipe's key that names them."""
+        for column in columns:
+            if column not in self.columns:
+                raise UserError(f"{key}: {self.name} has no column '{column}'.{did_you_mean(column, self.columns)}")
+        return list(columns)
+
+    def names_of(self, column: str) -> list[str] | None:
+        """The class names that the source itself gives to an integer column."""
+        feature = self.rows.features[column]
+        feature = feature.feature if isinstance(feature, List) else feature
+        return list(feature.names) if isinstance(feature, ClassLabel) else None
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What a task prepares: the rows to train on and to evaluate on (samples, where the recipe asks for them), and
+    `full`, all the training rows (the evaluation's without any), from which columns and labels are read."""
+
+    train: Table | None
+    eval: Table | None
+    full: Table
+
+
+def load(source: str, split: str, *, role: str) -> Table:
+    """The rows of `source`; `split` counts for a hub id or folder, `role` ("train" or "eval") for built-in data."""
+    datasets.disable_progress_bars()  # one bar per rank and step of preparation helps nobody; the run has its own
+    key = f"data.{role}"
+    if source.startswith("builtin:"):
+        rows = _builtin(source, role, key)
+    elif (path := Path(source).expanduser()).is_dir():
+        rows = _pick(_folder(path, key), split, source, role)
+    elif _reader(path) is not None or path.is_file():
+        rows = _file(path, key)
+    else:
+        rows = _hub(source, split, role)
+    name = source if source.startswith("builtin:") or _reader(Path(source)) else f"{source} ({split})"
+    if len(rows) == 0:
+        raise UserError(f"{key}: {name} has no rows.")
+    return Table(rows, name, range(1, len(rows) + 1))
+
+
+def _builtin(source: str, role: str, key: str) -> Dataset:
+    if source not in BUILTIN:
+        raise UserError(f"{key}: there is no built-in data '{source}'.{did_you_mean(source, BUILTIN)}")
+    features = Features(
+        premise=Value("string"),
+        hypothesis=Value("string"),
+        label=ClassLabel(names=list(nli.LABELS)),
+        phenomenon=Value("string"),
+    )
+    return Dataset.from_list(BUILTIN[source]()[role], features=features)
+
+
+def _reader(path: Path) -> str | None:
+    """Which reader of `datasets` a file name asks for; None when it is no data file's name."""
+    name = path.name.removesuffix(".gz")
+    return READERS.get(Path(name).suffix)
+
+
+def _file(path: Path, key: str) -> Dataset:
+    reader = _reader(path)
+    if reader is None:
+        raise UserError(
+            f"{key}: {path} is no data file that we read. Valid endings: {', '.join(READERS)}, each also with .gz."
+        )
+    if not path.is_file():
+        raise UserError(f"{key}: no file {path}.{_nearest_file(path)}")
+    options = {"sep": "\t"} if path.name.removesuffix(".gz").endswith(".tsv") else {}
+    try:
+        return datasets.load_dataset(reader, data_files={"train": str(path)}, split="train", **options)
+    except (datasets.exceptions.DatasetsError, ValueError, OSError, EOFError, StopIteration, zlib.error) as error:
+        raise UserError(f"{key}: {_what_is_wrong(path, reader, error)}") from error
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent
+    while not folder.is_dir():
+        folder = folder.parent
+    if folder != path.parent:
+        missing = path.parent.relative_to(folder).parts[0]
+        siblings = [entry.name for entry in folder.iterdir() if entry.is_dir()]
+        return f" The folder '{missing}' is not in {folder.resolve()}.{did_you_mean(missing, siblings)}"
+    return did_you_mean(path.name, sorted(entry.name for entry in folder.iterdir() if _reader(entry)))
+
+
+def _what_is_wrong(path: Path, reader: str, error: BaseException) -> str:
+    """File and line of what stopped the reader, as far as it can be told."""
+    if path.stat().st_size == 0:
+        return f"{path} is empty."
+    if reader == "json":
+        try:
+            for number, line in _lines(path):
+                if line.strip():
+                    json.loads(line)
+        except json.JSONDecodeError as broken:
+            if number == 1 and line.lstrip()[:1] in "[{" and line.strip() in ("[", "{"):
+                return f"{path} is no valid JSON, and no JSON lines either: {error.__cause__ or error}."
+            return f"{path}, line {number}: broken JSON ({broken.msg}), starting '{line[:60].rstrip()}'. Is the file cut short?"
+        except UnicodeDecodeError:
+            return f"{path}, line {number + 1}: is not UTF-8 text."
+        except (EOFError, zlib.error, gzip.BadGzipFile) as broken:
+            return f"{path}, after line {number}: the compressed file is cut short or damaged ({broken})."
+    return f"{path} cannot be read as {reader}: {error.__cause__ or error}."
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a text file, plain or gzip; (0, "") comes first so that a caller always has a number."""
+    yield 0, ""
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        yield from enumerate(file, start=1)
+
+
+def _folder(path: Path, key: str) -> DatasetDict | Dataset:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # written by save_to_disk
+        return datasets.load_from_disk(str(path))
+    try:
+        return datasets.load_dataset(str(path))
+    except (datasets.exceptions.DatasetsError, ValueError, OSError, EOFError, StopIteration) as error:
+        for file in sorted(entry for entry in path.iterdir() if entry.is_file() and _reader(entry)):
+            _file(file, key)  # names the broken one
+        raise UserError(f"{key}: folder {path} cannot be read: {error.__cause__ or error}") from error
+
+
+def _hub(source: str, split: str, role: str) -> Dataset:
+    key = f"data.{role}"
+    if not HUB_ID.fullmatch(source) or source.startswith((".", "/", "~")):
+        raise UserError(
+            f"{key}: '{source}' is no file, no folder, and not of a hub id's form `org/set` or `org/set:config`."
+        )
+    name, _, config = source.partition(":")
+    try:
+        loaded = datasets.load_dataset(name, config or None)
+    except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
+        raise UserError(
+            f"{key}: '{name}' is no file or folder here and no data set on the hub.{_nearest_file(Path(source))}"
+        ) from error
+    except ConnectionError as error:
+        raise UserError(
+            f"{key}: '{name}' is no file or folder here, and the hub cannot be reached ({error})."
+        ) from error
+    except ValueError as error:  # an unknown or a missing config; the message lists the valid ones
+        raise UserError(f"{key}: {error}") from error
+    return _pick(loaded, split, source, role)
+
+
+def _pick(loaded: DatasetDict | Dataset | IterableDataset, split: str, source: str, role: str) -> Dataset:
+    if isinstance(loaded, Dataset):
+        return loaded
+    if split not in loaded:
+        raise UserError(f"data.{role}_split: {source} has no split '{split}'.{did_you_mean(split, loaded)}")
+    return loaded[split]

@@ -1,0 +1,161 @@
+"""Evaluation: the same numbers at every world size.
+
+The data is cut into batches of `per_device_eval_batch_size` whatever the number of ranks, and the batches are dealt in
+turn; a rank without one in the last round runs a filler, for ZeRO-3's collectives need every rank. What counts is gathered
+example by example, put into the data's order, and summed in float64 by `math.fsum`, which does not depend on order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from dsfreeze import metrics
+from dsfreeze.data.examples import IGNORED, Batch, Examples, TaskData, pad_id, pad_inputs
+from dsfreeze.errors import UserError
+
+if TYPE_CHECKING:
+    from dsfreeze.engine import Engine
+    from dsfreeze.recipe import Recipe
+
+#: Of one example: loss summed over its items, items, truth, guess.
+Judged = tuple[float, int, Any, Any]
+
+
+def evaluate(engine: Engine, task_data: TaskData, recipe: Recipe) -> dict[str, float]:
+    """`loss` and the task's metrics over `task_data.eval` (collective); every rank gets the same numbers."""
+    examples = task_data.eval
+    if examples is None:
+        raise UserError("There is nothing to evaluate on: data.eval is empty.")
+    size = recipe.train.per_device_eval_batch_size
+    judge = _judge_number if task_data.num_labels == 1 else _JUDGES[task_data.task]
+    judged = _over_all(
+        engine, examples.num_tokens, size, lambda chosen: _judge(engine, task_data, examples, chosen, judge)
+    )
+    items = sum(row[1] for row in judged)
+    texts: Sequence[str] = ()
+    references: Sequence[str] = ()
+    if any(metrics.METRICS[name].generates for name in task_data.metrics):
+        texts, references = _generate_all(engine, task_data, size, recipe.data.max_new_tokens)
+    outcome = metrics.Outcome(
+        loss=math.fsum(row[0] for row in judged) / max(items, 1),
+        truth=[row[2] for row in judged],
+        guess=[row[3] for row in judged],
+        labels=task_data.labels or (),
+        texts=texts,
+        references=references,
+    )
+    return metrics.compute(task_data.metrics, outcome)
+
+
+def _over_all(engine: Engine, lengths: np.ndarray, size: int, run: Callable[[np.ndarray], list[Any]]) -> list[Any]:
+    """`run` on batches of `size` indices, dealt to the ranks; its results of all ranks, one per index, in index order.
+
+    Batches hold examples of like length, the longest first: little padding, and too little memory shows at once.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    mine: list[tuple[int, Any]] = []
+    for chosen, counts in deal(batches, engine.rank, engine.world_size):
+        results = run(chosen)
+        if counts:
+            mine += zip(chosen.tolist(), results, strict=True)
+    everyones = [pair for rank in engine.gather(mine) for pair in rank]
+    return [result for _, result in sorted(everyones, key=lambda pair: pair[0])]
+
+
+def deal(batches: Sequence[np.ndarray], rank: int, world_size: int) -> Iterator[tuple[np.ndarray, bool]]:
+    """(batch, whether it counts) for every round of this rank; all ranks have the same number of rounds."""
+    for start in range(0, len(batches), world_size):
+        counts = start + rank < len(batches)
+        yield (batches[start + rank], True) if counts else (batches[-1][:1], False)
+
+
+# -- from logits ---------------------------------------------------------------------------------------------------
+
+
+def _judge(
+    engine: Engine,
+    task_data: TaskData,
+    examples: Examples,
+    chosen: np.ndarray,
+    judge: Callable[[torch.Tensor, torch.Tensor], Judged],
+) -> list[Judged]:
+    """One forward pass; the logits are judged example by example, on the device, in fp32."""
+    batch = task_data.collate([examples[index] for index in chosen])
+    labels = batch["labels"]
+    if (
+        task_data.task != "seq2seq"
+    ):  # its decoder's input is made from the labels; elsewhere the model need not see them
+        batch = {key: value for key, value in batch.items() if key != "labels"}
+    logits = engine.no_grad_forward(batch).logits.detach()
+    return [judge(row.float(), label.to(row.device)) for row, label in zip(logits, labels, strict=True)]
+
+
+def _judge_class(logits: torch.Tensor, label: torch.Tensor) -> Judged:
+    loss = F.cross_entropy(logits, label).item()
+    return loss, 1, int(label), int(logits.argmax())
+
+
+def _judge_number(logits: torch.Tensor, label: torch.Tensor) -> Judged:
+    guess = logits.squeeze(-1).item()
+    return (guess - float(label)) ** 2, 1, float(label), guess
+
+
+def _judge_tags(logits: torch.Tensor, labels: torch.Tensor) -> Judged:
+    tagged = labels != IGNORED
+    loss, items = _token_loss(logits[tagged], labels[tagged])
+    return loss, items, labels[tagged].tolist(), logits[tagged].argmax(-1).tolist()
+
+
+def _judge_next_tokens(logits: torch.Tensor, labels: torch.Tensor) -> Judged:
+    counted = labels[1:] != IGNORED
+    return *_token_loss(logits[:-1][counted], labels[1:][counted]), None, None
+
+
+def _judge_tokens(logits: torch.Tensor, labels: torch.Tensor) -> Judged:
+    counted = labels != IGNORED
+    return *_token_loss(logits[counted], labels[counted]), None, None
+
+
+def _token_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
+    """Sum in float64 of the tokens' fp32 losses, and their number; logits [items, vocabulary], labels [items]."""
+    return F.cross_entropy(logits, labels, reduction="none").double().sum().item(), len(labels)
+
+
+_JUDGES: dict[str, Callable[[torch.Tensor, torch.Tensor], Judged]] = {
+    "classification": _judge_class,
+    "tokens": _judge_tags,
+    "causal_lm": _judge_next_tokens,
+    "sft": _judge_next_tokens,
+    "seq2seq": _judge_tokens,
+}
+
+
+# -- from generated text -------------------------------------------------------------------------------------------
+
+
+def _generate_all(
+    engine: Engine, task_data: TaskData, size: int, max_new_tokens: int
+) -> tuple[list[str], Sequence[str]]:
+    """The model's answer to every prompt, greedy, and the references."""
+    prompts = task_data.prompts
+    assert prompts is not None, "prepare() makes prompts for every task whose metrics generate"
+    tokenizer, fill = task_data.tokenizer, pad_id(task_data.tokenizer)
+
+    def run(chosen: np.ndarray) -> list[str]:
+        # a decoder continues at its last position: padding goes to the left
+        batch: Batch = pad_inputs(
+            [prompts.input_ids[index] for index in chosen.tolist()], fill, left=not prompts.encoder
+        )
+        ids = engine.generate(batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=fill)
+        answers = ids if prompts.encoder else ids[:, batch["input_ids"].shape[1] :]
+        return tokenizer.batch_decode(answers.cpu(), skip_special_tokens=True)
+
+    lengths = np.asarray([len(ids) for ids in prompts.input_ids])
+    return _over_all(engine, lengths, size, run), prompts.references

@@ -1,0 +1,222 @@
+"""The anatomy: as read from modules on the meta device, as shipped, for a task, and with adapters."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from architectures import EXPECTED, LAYERS, VOCAB, D
+from make_anatomies import PUBLIC, meta_module
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, T5Config
+
+from dsfreeze.adapters import add_adapters
+from dsfreeze.anatomy import Anatomy, load_shipped, shipped
+from dsfreeze.anatomy_reader import read_anatomy
+from dsfreeze.errors import UserError
+from dsfreeze.plan import Adapter
+
+
+def categories(anatomy: Anatomy, layer: str) -> Counter:
+    return Counter(t.category for row in anatomy.layers if row.name == layer for t in row.tensors)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.filterwarnings("error")
+def test_architectures_are_read_as_the_table_says(name: str) -> None:
+    """Oracle: `named_parameters` for what there is, the config for the depth, a table written by hand for categories."""
+    expected = EXPECTED[name]
+    module = expected.build()
+    anatomy = read_anatomy(module, name)
+    shapes = {n: tuple(p.shape) for n, p in module.named_parameters()}
+    assert [t.name for t in anatomy.tensors] == list(dict.fromkeys(t.name for t in anatomy.tensors))
+    assert {t.name: t.shape for t in anatomy.tensors} == shapes
+    assert len(anatomy.blocks) == expected.blocks
+    assert categories(anatomy, anatomy.blocks[-1].name) == Counter(expected.block.split())
+    for layer in ("embed", "norm", "head"):
+        assert categories(anatomy, layer) == Counter(getattr(expected, layer).split()), layer
+    tied = {alias for t in anatomy.tied for alias in t.aliases}
+    assert {n for n, _ in module.named_parameters(remove_duplicate=False)} - set(shapes) == tied
+    assert (expected.tied in tied) if expected.tied else not tied
+    assert (anatomy.hidden_size, anatomy.attention_width, anatomy.vocab_size) == (D, D, VOCAB)
+    assert not anatomy.structural
+    assert Anatomy.from_json(anatomy.to_json()) == anatomy
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_block_lies_under_its_path(name: str) -> None:
+    """Oracle: `get_submodule` finds a module at each block's path, and its parameters are the block's."""
+    module = EXPECTED[name].build()
+    anatomy = read_anatomy(module, name)
+    for block in anatomy.blocks:
+        own = {f"{block.path}.{n}" for n, _ in module.get_submodule(block.path).named_parameters()}
+        rest = {t.name for t in block.tensors} - own
+        assert own <= {t.name for t in block.tensors}
+        assert rest <= {"encoder.final_layer_norm.weight"}
+
+
+def test_encoder_decoder_is_two_stacks_in_one_count() -> None:
+    """Oracle: T5's modules; the encoder's final norm and position bias belong to blocks, the decoder's norm is `norm`."""
+    anatomy = read_anatomy(EXPECTED["t5"].build(), "t5")
+    assert [b.stack for b in anatomy.blocks] == ["encoder"] * LAYERS + ["decoder"] * 2
+    assert [b.path for b in anatomy.blocks][LAYERS] == "decoder.block.0"
+    assert anatomy.layer_of["encoder.final_layer_norm.weight"].name == f"layers.{LAYERS - 1}"
+    assert anatomy.layer_of["decoder.final_layer_norm.weight"].name == "norm"
+    bias = anatomy.by_name["decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+    assert (bias.category, bias.flops_per_token, anatomy.layer_of[bias.name].name) == ("other", 0, f"layers.{LAYERS}")
+    assert set(anatomy.layers[0].tensors[0].aliases) == {
+        "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight",
+    }  # fmt: skip
+
+
+def test_gated_t5_tells_gate_from_up() -> None:
+    """Oracle: T5 v1.1 computes act(wi_0) * wi_1."""
+    config = T5Config(vocab_size=VOCAB, d_model=D, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+    with torch.device("meta"):
+        anatomy = read_anatomy(AutoModelForSequenceClassification.from_config(config), "t5")
+    dense = "transformer.encoder.block.1.layer.1.DenseReluDense"
+    assert [anatomy.by_name[f"{dense}.{n}.weight"].category for n in ("wi_0", "wi_1", "wo")] == ["gate", "up", "down"]
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gpt_neox", "opt", "gemma", "mixtral"])
+def test_flops_per_token_are_what_torch_counts(name: str) -> None:
+    """Oracle: torch.utils.flop_counter over a real forward pass, less attention (4 T^2 width a layer)."""
+    module = EXPECTED[name].build("cpu").eval()
+    module.set_attn_implementation("eager")
+    if name == "mixtral":
+        module.set_experts_implementation("eager")
+    tokens = 8
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(torch.arange(2, 2 + tokens)[None], use_cache=False)
+    anatomy = read_anatomy(module, name)
+    attention = LAYERS * 4 * tokens**2 * anatomy.attention_width
+    total = sum(t.flops_per_token for t in anatomy.tensors)
+    assert counter.get_total_flops() == tokens * total + attention
+
+
+def test_conv1d_rows_are_inputs() -> None:
+    """Oracle: GPT-2's c_fc maps D to 4 D and is stored (D, 4 D)."""
+    anatomy = read_anatomy(EXPECTED["gpt2"].build(), "gpt2")
+    matrix = anatomy.by_name["transformer.h.0.mlp.c_fc.weight"]
+    assert matrix.shape == (D, 4 * D)
+    assert {t.name.split(".", 3)[-1] for t in anatomy.blocks[0].tensors if t.fan_in_fan_out} == {
+        "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight",
+    }  # fmt: skip
+
+
+# -- unknown architectures ---------------------------------------------------------------------------------------------
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.parts = nn.ModuleList(nn.Linear(4, 4) for _ in range(7))
+
+
+class _MadeUp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lookup = nn.Embedding(9, 4)
+        self.few = nn.ModuleList([nn.Linear(4, 4)])
+        self.stages = nn.ModuleList(_Block() for _ in range(3))
+        self.last_norm = nn.LayerNorm(4)
+        self.out = nn.Linear(4, 9)
+
+
+def test_an_unknown_architecture_falls_back_to_its_longest_list() -> None:
+    """Oracle: a module made up here; lists inside a block are longer and must not count."""
+    with pytest.warns(UserWarning, match=r"unknown architecture _MadeUp.*3 entries of its longest ModuleList, 'stages'"):
+        anatomy = read_anatomy(_MadeUp(), "mine")
+    assert anatomy.structural
+    assert any("names that no rule knows" in note for note in anatomy.notes)
+    assert [b.path for b in anatomy.blocks] == ["stages.0", "stages.1", "stages.2"]
+    assert {t.name for t in anatomy.layers[0].tensors} == {"lookup.weight", "few.0.weight", "few.0.bias"}
+    assert categories(anatomy, "norm") == Counter(["norm", "bias"])
+    assert categories(anatomy, "head") == Counter(["head", "bias"])
+    assert categories(anatomy, "layers.1") == Counter({"other": 8, "bias": 9, "norm": 1})
+
+
+def test_a_module_without_a_list_has_no_layers() -> None:
+    with pytest.raises(UserError, match="ModuleList"):
+        read_anatomy(nn.Sequential(nn.Linear(2, 2)), "mine")
+
+
+# -- shipped -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_shipped_anatomies_are_the_public_models(name: str) -> None:
+    """Oracle: the published number of parameters, and transformers' own module for the public config."""
+    config, numel = PUBLIC[name]
+    anatomy = load_shipped(name)
+    assert anatomy.numel == numel
+    assert anatomy == read_anatomy(meta_module(config), name)
+
+
+def test_nothing_else_is_shipped() -> None:
+    assert set(shipped()) == set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize(
+    ("task", "auto"),
+    [("classification", AutoModelForSequenceClassification), ("tokens", AutoModelForTokenClassification)],
+)
+def test_for_task_is_the_model_that_transformers_builds(name: str, task: str, auto: type) -> None:
+    """Oracle: the task model itself, on the meta device."""
+    config, _ = PUBLIC[name]
+    config.num_labels = 3
+    with torch.device("meta"):
+        module = auto.from_config(config)
+    assert load_shipped(name).for_task(task, 3) == read_anatomy(module, name)
+
+
+def test_for_task_keeps_the_head_of_a_language_model_and_refuses_what_cannot_be() -> None:
+    llama = load_shipped("llama-2-7b")
+    assert llama.for_task("sft", None) is llama
+    with pytest.raises(UserError, match=r"minilm-l6.*cannot do task 'causal_lm'.*classification, tokens"):
+        load_shipped("minilm-l6").for_task("causal_lm", None)
+    with pytest.raises(UserError, match=r"cannot do task 'seq2seq'.*causal_lm, sft"):
+        llama.for_task("seq2seq", None)
+    with pytest.raises(UserError, match="Did you mean 'llama-2-7b'"):
+        load_shipped("llama-2-7")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"layers": [{"layer": "embed"}]}', '{"layers": 3}', "not json"])
+def test_what_is_no_anatomy_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="Not an anatomy"):
+        Anatomy.from_json(text)
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "bert", "phi3"])
+def test_with_adapters_foretells_what_peft_injects(name: str, kind: str) -> None:
+    """Oracle: peft's injection into the real module: the same names and shapes, in the same order."""
+    module = EXPECTED[name].build("cpu")
+    plain = read_anatomy(module, name)
+    matrices = ("q", "qkv", "o", "down")
+    targets = tuple(t.name for b in plain.blocks[1:] for t in b.tensors if t.category in matrices)
+    add_adapters(module, Adapter(kind, 4, 8.0, 0.0, targets), seed=0)
+    foretold = plain.with_adapters(targets, 4, dora=kind == "dora")
+    assert read_anatomy(module, name) == foretold
+    order = [n for n, _ in module.named_parameters()]
+    for layer in foretold.layers:
+        names = [t.name for t in layer.tensors]
+        assert names == sorted(names, key=order.index)
+
+
+def test_conv1d_adapters_swap_in_and_out() -> None:
+    """Oracle: LoRA's definition, A (r, in) and B (out, r), on a matrix stored (in, out)."""
+    anatomy = read_anatomy(EXPECTED["gpt2"].build(), "gpt2").with_adapters(["transformer.h.2.mlp.c_fc.weight"], 4, dora=True)
+    shapes = {t.name.split("lora_")[1].split(".")[0]: t.shape for t in anatomy.tensors if t.category == "adapter"}
+    assert shapes == {"A": (4, D), "B": (4 * D, 4), "magnitude_vector": (4 * D,)}

@@ -1,0 +1,137 @@
+"""Checkpoints: what is written comes back bit for bit, and what is not whole is refused by name. Oracle: bit-identity."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from dsfreeze import checkpoint as checkpoints
+from dsfreeze.checkpoint import Base
+from dsfreeze.errors import UserError
+from dsfreeze.plan import FreezePlan, Phase
+
+BASE = Base("tiny", "abc" * 10, "anatomy-digest")
+PLAN = FreezePlan("top", (Phase(0, None, ("a.weight", "b.weight")),))
+
+
+def state(seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: {
+            "weight": torch.randn(4, 3, generator=generator).bfloat16(),
+            "master": torch.randn(4, 3, generator=generator),
+            "exp_avg": torch.randn(4, 3, generator=generator),
+            "exp_avg_sq": torch.rand(4, 3, generator=generator),
+            "step": torch.tensor(7.0),
+        }
+        for name in ("a.weight", "b.weight")
+    }
+
+
+def write(folder, step=10, **options):
+    return checkpoints.save(folder, step, state(step), PLAN, BASE, {"loader": {"epoch": 1}}, **options)
+
+
+def test_round_trip_is_bit_identical(tmp_path):
+    found = checkpoints.open_checkpoint(write(tmp_path))
+    back = found.state()
+    for name, entry in state(10).items():
+        assert {k: v.dtype for k, v in back[name].items()} == {k: v.dtype for k, v in entry.items()}
+        assert all(torch.equal(back[name][kind], value) for kind, value in entry.items())
+    assert found.step == 10
+    assert found.trainer_state == {"global_step": 10, "loader": {"epoch": 1}}
+
+
+def test_newest_is_found_by_number_not_by_letters(tmp_path):
+    for step in (9, 10, 100):
+        write(tmp_path, step)
+    assert checkpoints.find_checkpoint(tmp_path, True).step == 100
+
+
+def test_keep_drops_the_oldest_only_after_the_new_one_is_whole(tmp_path):
+    for step in (1, 2, 3):
+        write(tmp_path, step, keep=2)
+    assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+
+
+@pytest.mark.parametrize("name", [checkpoints.WEIGHTS, checkpoints.STATE, checkpoints.TRAINER, checkpoints.MANIFEST])
+def test_a_truncated_file_is_named_and_the_other_checkpoint_offered(tmp_path, name):
+    write(tmp_path, 1)
+    folder = write(tmp_path, 2)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=name) as caught:
+        checkpoints.open_checkpoint(folder)
+    assert "checkpoint-1" in str(caught.value)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    folder = write(tmp_path)
+    content = bytearray((folder / checkpoints.WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (folder / checkpoints.WEIGHTS).write_bytes(content)
+    with pytest.raises(UserError, match="changed since it was written"):
+        checkpoints.open_checkpoint(folder)
+
+
+def test_another_plan_is_refused_with_both_differences(tmp_path):
+    found = checkpoints.open_checkpoint(write(tmp_path))
+    other = FreezePlan("bottom", (Phase(0, None, ("b.weight", "c.weight")),))
+    with pytest.raises(UserError, match=r"'top'.*'bottom'.*a\.weight.*c\.weight"):
+        checkpoints.require_same(found, other, BASE)
+    checkpoints.require_same(found, PLAN, BASE)
+
+
+def test_another_model_is_refused_with_both_names(tmp_path):
+    found = checkpoints.open_checkpoint(write(tmp_path))
+    with pytest.raises(UserError, match="'tiny'.*'other'"):
+        checkpoints.require_same(found, PLAN, Base("other", "def" * 10, "anatomy-digest"))
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    """Oracle: the old checkpoint still verifies, and nothing half-written stays."""
+    write(tmp_path, 1)
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(UserError, match="No space left on device.*Earlier checkpoints are intact"):
+        write(tmp_path, 2, keep=1)
+    assert checkpoints.find_checkpoint(tmp_path, True).step == 1
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-1"]
+
+
+def test_rewriting_a_step_replaces_it(tmp_path):
+    write(tmp_path, 1)
+    checkpoints.save(tmp_path, 1, state(5), PLAN, BASE, {})
+    back = checkpoints.find_checkpoint(tmp_path, True).state()
+    assert torch.equal(back["a.weight"]["weight"], state(5)["a.weight"]["weight"])
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-1"]
+
+
+def test_nothing_to_resume_from_says_so(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint"):
+        checkpoints.find_checkpoint(tmp_path, True)
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        checkpoints.find_checkpoint(tmp_path, tmp_path / "checkpoint-5")
+
+
+def test_a_plan_changed_by_hand_in_the_manifest_is_refused(tmp_path):
+    folder = write(tmp_path)
+    manifest = json.loads((folder / checkpoints.MANIFEST).read_text())
+    manifest["plan"]["phases"][0]["trainable"] = ["a.weight"]
+    (folder / checkpoints.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="changed by hand"):
+        checkpoints.require_same(checkpoints.open_checkpoint(folder), PLAN, BASE)
+
+
+def test_a_half_deleted_checkpoint_is_not_taken_for_the_newest_whole_one(tmp_path):
+    write(tmp_path, 1)
+    folder = write(tmp_path, 2)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    with pytest.raises(UserError, match=r"checkpoint-2.*checkpoint-1"):
+        checkpoints.find_checkpoint(tmp_path, True)

