@@ -1,8 +1,8 @@
 """Evaluation: the same numbers at every world size.
 
-The data is cut into batches of `per_device_eval_batch_size` whatever the number of ranks, and the batches are dealt in
-turn; a rank without one in the last round runs a filler, for ZeRO-3's collectives need every rank. What counts is gathered
-example by example, put into the data's order, and summed in float64 by `math.fsum`, which does not depend on order.
+The data is cut into batches of `per_device_eval_batch_size` whatever the number of ranks, and the batches are dealt
+in turn; a rank without one in the last round runs a filler, for ZeRO-3's collectives need every rank. What counts is
+gathered example by example, put into the data's order, and summed in float64.
 """
 
 from __future__ import annotations

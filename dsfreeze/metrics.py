@@ -1,4 +1,4 @@
-"""What an evaluation reports. Each metric takes the predictions of the whole set, in the data's order, and gives named numbers.
+"""What an evaluation reports: each metric turns the predictions of the whole set into named numbers.
 
 The arithmetic is scikit-learn's, scipy's, seqeval's, sacrebleu's and rouge-score's; they are imported when used.
 """
@@ -140,8 +140,11 @@ def bleu(outcome: Outcome) -> Numbers:
 
 
 def exact_match(outcome: Outcome) -> Numbers:
-    """Share of answers equal to the reference, white space at the ends aside. Where the reference ends in `#### n` (GSM8K),
-    the numbers after that mark are compared, and an answer without the mark is wrong."""
+    """Share of answers equal to the reference, white space at the ends aside.
+
+    Where the reference ends in `#### n` (GSM8K), the numbers after that mark are compared; an answer without the mark
+    is wrong.
+    """
     pairs = zip(outcome.texts, outcome.references, strict=True)
     return {"exact_match": sum(_matches(text, ref) for text, ref in pairs) / max(len(outcome.references), 1)}
 

@@ -37,7 +37,8 @@ def find(table: Table, named: Sequence[str] | None, usual: Sequence[Sequence[str
             return list(columns)
     shapes = " or ".join("+".join(columns) for columns in usual)
     raise UserError(
-        f"{key}: {table.name} has none of the usual columns ({shapes}); write {key}. Its columns: {', '.join(table.columns)}."
+        f"{key}: {table.name} has none of the usual columns ({shapes}); write {key}. "
+        f"Its columns: {', '.join(table.columns)}."
     )
 
 

@@ -80,7 +80,7 @@ def _from_sharegpt(row: Row, columns: Sequence[str]) -> list[Message]:
 def _from_alpaca(row: Row, columns: Sequence[str]) -> list[Message]:
     instruction, output = columns
     parts = [_text(row, instruction), row.get("input") or ""]
-    turns = [pair for pair in row.get("history") or []] + [("\n\n".join(filter(None, parts)), _text(row, output))]
+    turns = [*(row.get("history") or []), ("\n\n".join(filter(None, parts)), _text(row, output))]
     messages = []
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -134,8 +134,8 @@ def _recognise(table: Table, text: Sequence[str] | None) -> str:
             return name
     shapes = "; ".join(f"{name}: {' + '.join(shape.columns)}" for name, shape in FORMATS.items())
     raise UserError(
-        f"data.format: {table.name} has none of the known shapes ({shapes}). Write data.text: [question column, answer column]. "
-        f"Its columns: {', '.join(table.columns)}."
+        f"data.format: {table.name} has none of the known shapes ({shapes}). "
+        f"Write data.text: [question column, answer column]. Its columns: {', '.join(table.columns)}."
     )
 
 

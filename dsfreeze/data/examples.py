@@ -1,8 +1,8 @@
 """Tokenised examples, what a task knows about them (`TaskData`), and how they become a batch.
 
-An example is a dict of token lists (`input_ids`, `labels`, ...). Beside the rows, `Examples` keeps two numbers for each:
-`num_items`, the terms it adds to the model's own mean loss, and `num_tokens`, its tokens without padding. With them any
-rank knows the size of a global batch without seeing the other ranks' share.
+An example is a dict of token lists (`input_ids`, `labels`, ...). Beside the rows, `Examples` keeps two numbers for
+each: `num_items`, the terms it adds to the model's own mean loss, and `num_tokens`, its tokens without padding. With
+them any rank knows the size of a global batch without seeing the other ranks' share.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """From examples to optimizer steps, the same steps at every world size.
 
-The order of an epoch depends on the seed and the epoch alone. Every per_device x accumulation x world examples of it are
-one global batch, dealt to the ranks and micro-steps in that order; the last, short one is spread evenly, so that every
-example is seen exactly once an epoch. A rank that is left with nothing gets a filler of weight 0, for ZeRO's
+The order of an epoch depends on the seed and the epoch alone. Every per_device x accumulation x world examples of it
+are one global batch, dealt to the micro-steps and ranks in that order; the last, short one is spread evenly, so that
+every example is seen exactly once an epoch. A rank that is left with nothing gets a filler of weight 0, for ZeRO's
 collectives need every rank.
 """
 
@@ -116,8 +116,8 @@ class Loader(Iterator[Step]):
         """Continue from there, also with another global batch size: the rest of the epoch is then cut anew."""
         if state["num_examples"] != len(self.examples):
             raise UserError(
-                f"The checkpoint's training data had {state['num_examples']} examples, this one has {len(self.examples)}: "
-                "resume with the same data section, or start a new run."
+                f"The checkpoint's training data had {state['num_examples']} examples, this has "
+                f"{len(self.examples)}: resume with the same data section, or start a new run."
             )
         self.seed, self._epoch, self._seen = state["seed"], state["epoch"], state["examples_seen"]
         self._order = self._permutation()

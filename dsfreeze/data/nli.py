@@ -2,8 +2,8 @@
 
 Five phenomena, equally often: negation, quantifiers, hypernyms, numbers, passive voice. Each is a table of forms: a
 premise's, a hypothesis's, and what follows. The tables are balanced: every form of a premise, and every form of a
-hypothesis, meets the three labels equally often, about the same people and things. So no word, and no word of the
-hypothesis alone, gives the label away; only the two sentences together do. (A form ending in ' is about something else.)
+hypothesis, meets the three labels equally often, about the same people and things. So no word gives the label away, of
+either sentence; only how the two relate does. (A form that ends in ' is about something else.)
 
 Evaluation sentences, premises and hypotheses both, never occur in training.
 """
@@ -15,7 +15,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from dsfreeze.data.nli_words import (
-    ACTIVITIES, ADJECTIVES, DEEDS, HANDLINGS, KINDS, NUMBERS, OPENINGS, PEOPLE, PLACES,
+    ACTIVITIES,
+    ADJECTIVES,
+    DEEDS,
+    HANDLINGS,
+    KINDS,
+    NUMBERS,
+    OPENINGS,
+    PEOPLE,
+    PLACES,
 )  # fmt: skip
 
 LABELS = ("entailment", "neutral", "contradiction")
@@ -76,7 +84,10 @@ MEMBERS: tuple[Table, ...] = (
 
 
 def generate(num_train: int = 4000, num_eval: int = 1000, seed: int = 0) -> dict[str, list[Row]]:
-    """Rows (premise, hypothesis, label as an index into LABELS, phenomenon) under "train" and "eval"; as balanced as the sizes allow."""
+    """Rows under "train" and "eval": premise, hypothesis, label (an index into LABELS), phenomenon.
+
+    Labels and phenomena are as balanced as the sizes allow.
+    """
     rng = random.Random(seed)
     splits: dict[str, list[Row]] = {"eval": [], "train": []}
     for number, (phenomenon, block) in enumerate(PHENOMENA.items()):

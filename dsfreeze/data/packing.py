@@ -84,8 +84,9 @@ class PackedCollate:
 def check_packing(forward: Callable[[Batch], Any], vocab_size: int, *, tolerance: float = 1e-4) -> None:
     """Refuses a model whose packed examples see each other.
 
-    `forward` is `Engine.no_grad_forward` (collective at ZeRO-3: every rank calls this). Two short examples are run packed, and the second one
-    by itself; its logits must agree within `tolerance` of their largest, and 300 times that in 16 bits.
+    `forward` is `Engine.no_grad_forward` (collective at ZeRO-3: every rank calls this). Two short examples are run
+    packed, and the second one by itself; its logits must agree within `tolerance` of their largest, and 300 times that
+    in 16 bits.
     """
     first, second = ([(7 * i + start) % vocab_size for i in range(6)] for start in (3, 5))
     packed = {"input_ids": pad([first + second, second + first], 0)}
@@ -97,5 +98,6 @@ def check_packing(forward: Callable[[Batch], Any], vocab_size: int, *, tolerance
     if not error <= tolerance * scale:
         raise UserError(
             "data.packing: this model, with this attention implementation, lets packed examples see each other "
-            f"(logits differ by {float(error):.1e} of their size). Write model.attn_implementation: sdpa, or data.packing: false."
+            f"(logits differ by {float(error):.1e} of their size). "
+            "Write model.attn_implementation: sdpa, or data.packing: false."
         )

@@ -126,7 +126,7 @@ def mask(ids: Sequence[int], offsets: Sequence[tuple[int, int]], answers: Sequen
     """
     return [
         token if any(start <= first < end for start, end in answers) and last > first else IGNORED
-        for token, (tables.full, last) in zip(ids, offsets, strict=True)
+        for token, (first, last) in zip(ids, offsets, strict=True)
     ]
 
 

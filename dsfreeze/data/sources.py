@@ -10,7 +10,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,28 +141,29 @@ def _what_is_wrong(path: Path, reader: str, error: BaseException) -> str:
     """File and line of what stopped the reader, as far as it can be told."""
     if path.stat().st_size == 0:
         return f"{path} is empty."
-    if reader == "json":
-        try:
-            for number, line in _lines(path):
-                if line.strip():
-                    json.loads(line)
-        except json.JSONDecodeError as broken:
-            if number == 1 and line.lstrip()[:1] in "[{" and line.strip() in ("[", "{"):
-                return f"{path} is no valid JSON, and no JSON lines either: {error.__cause__ or error}."
-            return f"{path}, line {number}: broken JSON ({broken.msg}), starting '{line[:60].rstrip()}'. Is the file cut short?"
-        except UnicodeDecodeError:
-            return f"{path}, line {number + 1}: is not UTF-8 text."
-        except (EOFError, zlib.error, gzip.BadGzipFile) as broken:
-            return f"{path}, after line {number}: the compressed file is cut short or damaged ({broken})."
-    return f"{path} cannot be read as {reader}: {error.__cause__ or error}."
+    mistake = _json_mistake(path) if reader == "json" else None
+    return mistake or f"{path} cannot be read as {reader}: {error.__cause__ or error}."
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a text file, plain or gzip; (0, "") comes first so that a caller always has a number."""
-    yield 0, ""
+def _json_mistake(path: Path) -> str | None:
+    """What is wrong in a file of JSON lines, or of one JSON document that starts with a lone bracket."""
     opener: Any = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        yield from enumerate(file, start=1)
+    number, line = 0, ""
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if number == 1 and line.strip() in ("[", "{"):
+                    json.loads(line + file.read())
+                elif line.strip():
+                    json.loads(line)
+    except json.JSONDecodeError as broken:
+        at, text = number - 1 + broken.lineno, broken.doc.splitlines()[broken.lineno - 1]
+        return f"{path}, line {at}: broken JSON ({broken.msg}) in '{text[:60]}'. Is the file cut short?"
+    except UnicodeDecodeError:
+        return f"{path}, after line {number}: not UTF-8 text."
+    except (EOFError, zlib.error, gzip.BadGzipFile) as broken:
+        return f"{path}, after line {number}: the compressed file is cut short or damaged ({broken})."
+    return None
 
 
 def _folder(path: Path, key: str) -> DatasetDict | Dataset:

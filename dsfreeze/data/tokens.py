@@ -48,7 +48,8 @@ def require_fast(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuses a tokenizer that cannot say which characters a token stands for."""
     if not tokenizer.is_fast:
         raise UserError(
-            f"{type(tokenizer).__name__} gives no character offsets; save its fast form (tokenizer.json) into the model's folder."
+            f"{type(tokenizer).__name__} gives no character offsets; "
+            "save its fast form (tokenizer.json) into the model's folder."
         )
 
 
