@@ -100,7 +100,7 @@ def patterns(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = N
             f"Drop freeze.{given}, or drop the patterns and name a strategy such as 'bottom'."
         )
     matched, notes = matched_by_options(anatomy, options)
-    return _plan("patterns", anatomy, options, matched, notes)
+    return _plan(anatomy, options, matched, notes)
 
 
 def head(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
@@ -120,7 +120,7 @@ def head(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None)
     if not names:
         raise UserError(f"Strategy 'head': {anatomy.name} has no head. Choose another strategy, or another task.")
     options, notes = _without_number(options)
-    return _plan("head", anatomy, options, names, notes)
+    return _plan(anatomy, options, names, notes)
 
 
 # -- by kind -------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def head(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None)
 
 def bitfit(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
     """Every bias and the task's head [arXiv 2106.10199]."""
-    return _of_kind("bitfit", anatomy, options, biases(anatomy))
+    return _of_kind(anatomy, options, biases(anatomy))
 
 
 def norms(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
@@ -137,7 +137,7 @@ def norms(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None
     kept = frozenset(t.name for t in anatomy.tensors if t.category == "norm" or (t.is_bias and t.module in modules))
     if not kept:
         raise UserError(f"Strategy 'norms': {anatomy.name} has no norm with weights.")
-    return _of_kind("norms", anatomy, options, kept)
+    return _of_kind(anatomy, options, kept)
 
 
 def attention(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
@@ -146,19 +146,19 @@ def attention(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = 
     if not modules:
         raise UserError(f"Strategy 'attention': {anatomy.name} has no tensor of the categories {', '.join(ATTENTION)}.")
     kept = frozenset(t.name for layer in anatomy.blocks for t in layer.tensors if t.module in modules)
-    return _of_kind("attention", anatomy, options, kept)
+    return _of_kind(anatomy, options, kept)
 
 
 def lora(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
     """LoRA on every layer, and the task's head [arXiv 2106.09685]."""
     if options.adapter is not None and options.adapter.kind != "lora":
         raise UserError("Strategy 'lora' contradicts freeze.adapter.kind 'dora'. Use strategy 'dora' or drop the kind.")
-    return _adapted("lora", anatomy, options)
+    return _adapted(anatomy, options, "lora")
 
 
 def dora(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
     """DoRA on every layer, and the task's head [arXiv 2402.09353]."""
-    return _adapted("dora", anatomy, options)
+    return _adapted(anatomy, options, "dora")
 
 
 def biases(anatomy: Anatomy) -> frozenset[str]:
@@ -176,32 +176,28 @@ def biases(anatomy: Anatomy) -> frozenset[str]:
 
 def _layered(
     anatomy: Anatomy, options: FreezeOptions, notes: tuple[str, ...] = (), *, rule: Rule, fraction: float = 0.5,
-    kept: frozenset[str] | None = None, strategy: str | None = None,
+    kept: frozenset[str] | None = None,
 ) -> FreezePlan:  # fmt: skip
     """Choose among the layers by the rule, let the ends follow, and make the plan."""
     if options.granularity == "bias":
-        kept = biases(anatomy) & (kept if kept is not None else biases(anatomy))
+        kept = biases(anatomy) if kept is None else biases(anatomy) & kept
     choice = choose(anatomy, options, rule, fraction=fraction, kept=kept)
     ends = auto_ends(anatomy, choice.trainable, kept=kept, adapter=options.adapter is not None)
-    return _plan(strategy or options.strategy, anatomy, options, choice.trainable | ends, notes + choice.notes)
+    return _plan(anatomy, options, choice.trainable | ends, notes + choice.notes)
 
 
-def _of_kind(strategy: str, anatomy: Anatomy, options: FreezeOptions, kept: frozenset[str]) -> FreezePlan:
+def _of_kind(anatomy: Anatomy, options: FreezeOptions, kept: frozenset[str]) -> FreezePlan:
     """One kind of tensor, in all layers unless a fraction or a count freezes the bottom ones."""
-    return _layered(
-        anatomy, options, rule=lambda units, number: range(number), fraction=0, kept=kept, strategy=strategy
-    )
+    return _layered(anatomy, options, rule=lambda units, number: range(number), fraction=0, kept=kept)
 
 
-def _adapted(strategy: str, anatomy: Anatomy, options: FreezeOptions) -> FreezePlan:
+def _adapted(anatomy: Anatomy, options: FreezeOptions, kind: str) -> FreezePlan:
     given = options.adapter or AdapterOptions()
-    options = options.model_copy(update={"adapter": given.model_copy(update={"kind": strategy})})
-    return _layered(anatomy, options, rule=lambda units, number: range(number), fraction=0, strategy=strategy)
+    options = options.model_copy(update={"adapter": given.model_copy(update={"kind": kind})})
+    return _layered(anatomy, options, rule=lambda units, number: range(number), fraction=0)
 
 
-def _plan(
-    strategy: str, anatomy: Anatomy, options: FreezeOptions, auto: frozenset[str], notes: tuple[str, ...]
-) -> FreezePlan:
+def _plan(anatomy: Anatomy, options: FreezeOptions, auto: frozenset[str], notes: tuple[str, ...]) -> FreezePlan:
     """The plan of what `auto` and the options train, with adapters in place of matrices where asked."""
     trainable = apply_options(anatomy, options, auto)
     adapter = None
@@ -212,7 +208,7 @@ def _plan(
         anatomy = anatomy.with_adapters(adapter.targets, adapter.r, adapter.kind == "dora")
         trainable = trainable & outside | adapter_names(anatomy)
     notes += describe_ends(anatomy, trainable)
-    return FreezePlan(strategy, (Phase(0, None, anatomy.in_order(trainable)),), adapter, notes)
+    return FreezePlan(options.strategy, (Phase(0, None, anatomy.in_order(trainable)),), adapter, notes)
 
 
 def _without_number(options: FreezeOptions) -> tuple[FreezeOptions, tuple[str, ...]]:
