@@ -204,8 +204,8 @@ def _task_config(
 def _require_task(options: ModelOptions, config: PreTrainedConfig, task: str) -> None:
     if options.trust_remote_code and getattr(config, "auto_map", None):
         return
-    able = [name for name, auto in AUTO_CLASSES.items() if type(config) in auto._model_mapping.keys()]  # noqa: SIM118
-    is_encoder = type(config) in AutoModelForMaskedLM._model_mapping.keys() and not config.is_encoder_decoder  # noqa: SIM118
+    able = [name for name, auto in AUTO_CLASSES.items() if type(config) in auto._model_mapping]
+    is_encoder = type(config) in AutoModelForMaskedLM._model_mapping and not config.is_encoder_decoder
     if is_encoder and not getattr(config, "is_decoder", False):
         # BERT and its like have a causal head too, but would look at the tokens they are to predict
         able = [name for name in able if AUTO_CLASSES[name] is not AutoModelForCausalLM]
