@@ -75,7 +75,7 @@ def read_ds_config(path: Path) -> Config:
 
     content = read_file(path, "ds_config")
     try:
-        value = json.loads(content, object_pairs_hook=once, parse_constant=refuse)
+        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=once, parse_constant=refuse)
     except UserError:
         raise
     except json.JSONDecodeError as error:
