@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsfreeze import zero_keys
+from dsfreeze import zero_config, zero_keys
 from dsfreeze.errors import UserError
 from dsfreeze.recipe_reader import load_recipe
 from dsfreeze.zero_config import deepspeed_config, ds_configs, find_ds_config, is_local, offload_of, stage_of
@@ -132,6 +132,13 @@ def test_an_unknown_name_gets_the_nearest():
         find_ds_config("zer02")
     with pytest.raises(UserError, match="'local'"):
         deepspeed_config(recipe("zero=locl"), 1)
+
+
+def test_an_installed_package_brings_its_own_files(tmp_path, monkeypatch):
+    """The wheel holds ds_configs/ as dsfreeze/_ds_configs, and no repository lies beside it."""
+    (tmp_path / "zero9.json").write_text("{}")
+    monkeypatch.setattr(zero_config, "_PACKAGED", tmp_path)
+    assert find_ds_config("zero9") == tmp_path / "zero9.json"
 
 
 def test_a_missing_file_is_named():
