@@ -65,13 +65,12 @@ def _examples(table: Table, *, text: str, tokenizer: PreTrainedTokenizerBase, ma
     columns.require_filled(table, [text])
     encode = partial(_encode, text=text, tokenizer=tokenizer)
     rows = table.rows.map(encode, batched=True, remove_columns=table.columns)
-    arrays = [np.asarray(ids, dtype=np.int32) for ids in rows["input_ids"]]
-    stream = np.concatenate(arrays)
+    if len(rows) == 0:
+        raise UserError(f"{table.name}: '{text}' holds no text.")
+    stream = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in rows["input_ids"]])
     if len(stream) % max_length == 1:
         stream = stream[:-1]  # a block of one token predicts nothing
     blocks = Blocks(stream, max_length)
-    if len(blocks) == 0:
-        raise UserError(f"{table.name}: '{text}' holds no text.")
     num_tokens = np.full(len(blocks), max_length, dtype=np.int64)
     num_tokens[-1] = len(stream) - max_length * (len(blocks) - 1)
     return Examples(blocks, num_tokens - 1, num_tokens)

@@ -34,9 +34,10 @@ def _read_names(values: Sequence[Any], table: Table, column: str, num_labels: in
     if kinds == {str}:
         return sorted(set(values) - {None}, key=lambda name: (name != "O", name))
     if not kinds <= {int, bool}:
-        first = next(i for i, value in enumerate(values) if not isinstance(value, int))
+        # one fraction makes a whole column floats: it is the fraction that tells
+        wrong = next((value for value in values if isinstance(value, float) and value % 1), values[0])
         raise UserError(
-            f"{table.name}: '{column}' holds {values[first]!r}, which is no class. Labels are names or whole numbers; "
+            f"{table.name}: '{column}' holds {wrong!r}, which is no class. Labels are names or whole numbers; "
             "for a regression write data.num_labels: 1."
         )
     size = num_labels or max((int(value) for value in values if value is not None), default=0) + 1

@@ -1,8 +1,9 @@
 """Packing: several examples in one sequence, each attending to itself alone.
 
-Nothing but `position_ids` says where an example starts: they count from 0 again. With these and no attention mask,
-transformers builds block-diagonal attention (masking_utils.find_packed_sequence_indices). Not every model and attention
-implementation obeys, and one that does not would train on wrong contexts in silence: `check_packing` tries it out.
+Nothing but `position_ids` says where an example starts: they count from 0 again. With these, no
+attention mask and no cache (`use_cache=False`), transformers builds block-diagonal attention (masking_utils.py). Not
+every model and attention implementation obeys, and one that does not would train on wrong contexts in silence:
+`check_packing` tries it out.
 """
 
 from __future__ import annotations
@@ -92,7 +93,12 @@ def check_packing(forward: Callable[[Batch], Any], vocab_size: int, *, tolerance
     packed = {"input_ids": pad([first + second, second + first], 0)}
     packed["position_ids"] = pad([[*range(6), *range(6)]] * 2, 0)
     alone = {"input_ids": pad([second, first], 0), "attention_mask": torch.ones(2, 6, dtype=torch.int64)}
-    together, apart = forward(packed).logits[:, 6:], forward(alone).logits
+    try:
+        together, apart = forward(packed).logits[:, 6:], forward(alone).logits
+    except TypeError as error:
+        if "position_ids" not in str(error):
+            raise
+        raise UserError("data.packing: this model takes no position_ids; write data.packing: false.") from error
     scale = 300 if apart.dtype in (torch.float16, torch.bfloat16) else 1
     error = (together.float() - apart.float()).abs().max() / apart.float().abs().max()
     if not error <= tolerance * scale:

@@ -83,7 +83,7 @@ def load(source: str, split: str, *, role: str) -> Table:
         rows = _builtin(source, role, key)
     elif (path := Path(source).expanduser()).is_dir():
         rows = _pick(_folder(path, key), split, source, role)
-    elif _reader(path) is not None or path.is_file():
+    elif _reader(path) or path.is_file() or (path.suffix and path.parent.is_dir()):
         rows = _file(path, key)
     else:
         rows = _hub(source, split, role)
@@ -113,12 +113,11 @@ def _reader(path: Path) -> str | None:
 
 def _file(path: Path, key: str) -> Dataset:
     reader = _reader(path)
-    if reader is None:
-        raise UserError(
-            f"{key}: {path} is no data file that we read. Valid endings: {', '.join(READERS)}, each also with .gz."
-        )
     if not path.is_file():
         raise UserError(f"{key}: no file {path}.{_nearest_file(path)}")
+    if reader is None:
+        endings = ", ".join(READERS)
+        raise UserError(f"{key}: {path} is no data file that we read. Valid endings: {endings}, each also with .gz.")
     options = {"sep": "\t"} if path.name.removesuffix(".gz").endswith(".tsv") else {}
     try:
         return datasets.load_dataset(reader, data_files={"train": str(path)}, split="train", **options)
