@@ -256,7 +256,8 @@ def test_state_moves_between_stages_and_world_sizes(bf16):
     """
     close = 3e-2 if bf16 else 1e-6
     saved = run_ranks(interrupt, LAYOUTS, bf16, timeout=120)[0]
-    for _, rest, end, went_on, reached in saved:
+    for state, rest, end, went_on, reached in saved:
+        assert {float(entry["step"]) for entry in state.values()} == {3.0}
         assert went_on == rest
         assert_same_state(reached, end)
     states = [state for state, *_ in saved]
