@@ -135,6 +135,8 @@ def test_model_is_a_name_or_a_section_and_the_last_override_wins(written):
 def test_a_value_on_the_command_line_mends_a_mistake_in_the_file(written):
     file = written("model: a\nfreeze: {fraction: 7, strategy: botom}\n")
     assert load_recipe(file, ["freeze.fraction=0.5", "freeze.strategy=top"]).freeze.fraction == 0.5
+    file = written("model: a\ntrain: {seed: !!int abc}\n")
+    assert load_recipe(file, ["train.seed=3"]).train.seed == 3
 
 
 # -- mistakes ------------------------------------------------------------------------------------------------------
@@ -243,6 +245,13 @@ def test_an_unreadable_section_does_not_hide_behind_another(written):
     assert "freeze: fraction and count" in message
 
 
+def test_a_mistake_is_told_once_without_its_consequences(written):
+    """A wrong freeze.scores is not also a missing one."""
+    message = told(written("model: a\nfreeze: {strategy: ranked, scores: [3]}"))
+    assert message.count("\n") == 0
+    assert "it takes a path" in message
+
+
 def test_recipes_are_immutable():
     recipe = load_recipe(None, ["model=m"])
     with pytest.raises(ValidationError):
@@ -317,6 +326,7 @@ CASES = settings(
 @CASES
 @given(content=st.one_of(st.binary(max_size=80), YAMLISH.map(lambda text: text.encode("utf-8", "surrogatepass"))))
 @example(content=b'model: "\\UFFFFFFFF"')
+@example(content=b'model: "\\U00110000"')
 @example(content=b"%TAG ! tag:x,2000:\n---\nmodel: !a b")
 def test_any_bytes_give_a_recipe_or_a_user_error(content, tmp_path):
     """Oracle: no other exception, ever."""

@@ -256,7 +256,7 @@ def test_all_conflicts_at_once_with_both_values(resolve):
         ({"zero_optimization": {"stage": 2, "overlap_comm": "yes"}}, "it takes true or false"),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}}, "it takes a whole number"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "but train.bf16 is false"),
-        ({"train_micro_batch_size_per_gpu": True}, "is true, but the recipe says 8"),
+        ({"gradient_accumulation_steps": True}, "is true, but the recipe says 1 "),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_with_the_reason(given, expected, resolve):
