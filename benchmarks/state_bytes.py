@@ -12,11 +12,21 @@ from dsfreeze.model import read_anatomy
 from dsfreeze.recipe import Recipe
 from dsfreeze.strategies import make_plan
 
-PLANS = {"full": {"strategy": "full"}, "bottom50": {"strategy": "bottom", "fraction": 0.5}, "bottom75": {"strategy": "bottom", "fraction": 0.75}}
+PLANS = {
+    "full": {"strategy": "full"},
+    "bottom50": {"strategy": "bottom", "fraction": 0.5},
+    "bottom75": {"strategy": "bottom", "fraction": 0.75},
+}
 
 
 def measure(stage: int, bf16: bool, freeze: dict, batch: dict[str, torch.Tensor]) -> dict[str, dict[str, int]]:
-    values = {"model": "benchmark", "task": "causal_lm", "zero": f"zero{stage}", "freeze": freeze, "train": {"bf16": bf16}}
+    values = {
+        "model": "benchmark",
+        "task": "causal_lm",
+        "zero": f"zero{stage}",
+        "freeze": freeze,
+        "train": {"bf16": bf16},
+    }
     recipe = Recipe.model_validate(values)
     module = model().to(torch.bfloat16 if bf16 else torch.float32)
     anatomy = read_anatomy(module, "llama-12x384")

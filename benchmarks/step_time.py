@@ -70,7 +70,10 @@ def main() -> None:
         name: {"times_faster_than_full": spread([r["full"] / r[name] for r in rounds]), "by_flops": round(flops, 3)}
         for name, (_, flops) in engines.items()
     }
-    write(__file__, {"machine": machine(), "shape": "llama 12 x 384, batch 4 x 128, fp32, ZeRO-2, 1 rank", "plans": result})
+    write(
+        __file__,
+        {"machine": machine(), "shape": "llama 12 x 384, batch 4 x 128, fp32, ZeRO-2, 1 rank", "plans": result},
+    )
 
 
 if __name__ == "__main__":

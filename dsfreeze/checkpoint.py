@@ -171,7 +171,10 @@ def find_checkpoint(output_dir: Path, wanted: bool | Path) -> Checkpoint:
         return open_checkpoint(Path(str(wanted)))
     folders = list_checkpoints(output_dir)
     if not folders:
-        raise UserError(f"{output_dir} holds no checkpoint to resume from. Drop train.resume_from_checkpoint to start.")
+        raise UserError(
+            f"{output_dir} holds no checkpoint (checkpoint-N). To start there, drop train.resume_from_checkpoint; "
+            "a run writes checkpoints unless train.save_strategy is no."
+        )
     return open_checkpoint(folders[-1])
 
 
@@ -191,7 +194,10 @@ def require_same(checkpoint: Checkpoint, plan: FreezePlan, base: Base) -> None:
             f"'{base.name}' ({base.hash[:12]}). Give the same model, or another train.output_dir."
         )
     if saved.digest != plan.digest:
-        only_saved, only_now = sorted(saved.ever_trained - plan.ever_trained), sorted(plan.ever_trained - saved.ever_trained)
+        only_saved, only_now = (
+            sorted(saved.ever_trained - plan.ever_trained),
+            sorted(plan.ever_trained - saved.ever_trained),
+        )
         raise UserError(
             f"{checkpoint.folder} belongs to another plan (strategy '{saved.strategy}', this recipe: '{plan.strategy}'). "
             f"Trained there but not here: {_some(only_saved)}; here but not there: {_some(only_now)}. "

@@ -45,7 +45,9 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if not hasattr(error, "show"):  # only click's own errors (a missing argument, an unknown option) can show themselves
+        if not hasattr(
+            error, "show"
+        ):  # only click's own errors (a missing argument, an unknown option) can show themselves
             raise
         error.show(file=sys.stderr)
         return 2
@@ -86,7 +88,9 @@ def read_words(words: Sequence[str] | None) -> Recipe:
 @app.command()
 def train(
     words: Words = None,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved recipe and DeepSpeed config.")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved recipe and DeepSpeed config.")
+    ] = False,
     as_json: AsJson = False,
 ) -> int:
     """Fine-tune: `dsfreeze train recipe.yaml freeze.fraction=0.75`."""
@@ -182,7 +186,9 @@ def evaluate(words: Words = None, as_json: AsJson = False) -> int:
 
 @app.command()
 def export(
-    run_folder: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint-N folder, or, with --base, a delta.")],
+    run_folder: Annotated[
+        Path, typer.Argument(help="A run's folder, a checkpoint-N folder, or, with --base, a delta.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     delta: Annotated[bool, typer.Option("--delta", help="Write the trained tensors alone.")] = False,
     base: Annotated[str | None, typer.Option("--base", help="Fill a delta in again from this model.")] = None,
@@ -216,11 +222,12 @@ def models(as_json: AsJson = False) -> int:
 
 @app.command()
 def quickstart(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the quickstart's recipe.")] = None,
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the quickstart's recipe.")
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Fine-tune SmolLM2-135M with its bottom 75 % frozen on a built-in task, and show what that saved."""
     from dsfreeze.quickstart import quickstart as start
 
     return start(words or [], as_json=as_json)
-

@@ -185,7 +185,9 @@ class Run:
             trainer_state = {"loader": self.loader.state_dict(), "metrics": self.metrics}
             try:
                 keep = self.options.save_total_limit
-                checkpoints.save(self.output_dir, self.step, state, self.job.plan, self.job.base, trainer_state, keep=keep)
+                checkpoints.save(
+                    self.output_dir, self.step, state, self.job.plan, self.job.base, trainer_state, keep=keep
+                )
             except UserError as error:
                 problem = str(error)
         problem = engine.gather(problem)[0]

@@ -28,7 +28,13 @@ RECIPE = (
     "train.save_strategy=no", "train.per_device_eval_batch_size=32",
 )  # fmt: skip
 FULL_STEPS = 8
-FULL = ("freeze.strategy=full", "freeze.fraction=null", f"train.max_steps={FULL_STEPS}", "data.eval=null", "train.export=false")
+FULL = (
+    "freeze.strategy=full",
+    "freeze.fraction=null",
+    f"train.max_steps={FULL_STEPS}",
+    "data.eval=null",
+    "train.export=false",
+)
 
 
 def quickstart(overrides: Sequence[str], *, as_json: bool = False) -> int:
@@ -48,8 +54,11 @@ def quickstart(overrides: Sequence[str], *, as_json: bool = False) -> int:
 
 def _train(words: Sequence[str]) -> int:
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "dsfreeze", "train", "--quiet", *words]
-    return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
+    command = [sys.executable, "-m", "dsfreeze", "train", "--json", *words]
+    # the summary that goes to standard output is read from the record instead
+    return subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False
+    ).returncode
 
 
 def _report(folder: Path, as_json: bool) -> int:

@@ -58,7 +58,9 @@ def models_table(rows: Iterable[Any]) -> Table:
     table.add_column("what")
     for row in rows:
         table.add_row(row.name, million(row.parameters), f"{row.what}. {row.licence}. At hand: {row.available}")
-    table.caption = "Or write model: as a hub id (Qwen/Qwen2.5-0.5B), a folder\nthat from_pretrained loads, or a .gguf file."
+    table.caption = (
+        "Or write model: as a hub id (Qwen/Qwen2.5-0.5B), a folder\nthat from_pretrained loads, or a .gguf file."
+    )
     table.caption_justify = "left"
     return table
 

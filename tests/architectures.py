@@ -38,7 +38,14 @@ _USUAL = {
     "num_attention_heads": HEADS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
 }  # fmt: skip
 _GROUPED = {**_USUAL, "num_key_value_heads": 2}
-_SHORT = {"vocab_size": VOCAB, "n_layer": LAYERS, "n_head": HEADS, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+_SHORT = {
+    "vocab_size": VOCAB,
+    "n_layer": LAYERS,
+    "n_head": HEADS,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,8 @@ EXPECTED = {
     ),
     "falcon": Expected(
         FalconConfig(
-            vocab_size=VOCAB, hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=HEADS, bos_token_id=1, eos_token_id=1
+            vocab_size=VOCAB, hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+            bos_token_id=1, eos_token_id=1,
         ),
         "qkv o up down norm bias",
         norm="norm bias",
@@ -117,7 +125,8 @@ EXPECTED = {
     "roberta": Expected(RobertaConfig(**_USUAL), _BERT, embed="embed embed embed norm bias", norm="", head=_BERT_HEAD),
     "deberta-v2": Expected(
         DebertaV2Config(
-            **_USUAL, relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False, share_att_key=True
+            **_USUAL, relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False,
+            share_att_key=True,
         ),
         _BERT,
         embed="embed norm bias embed",
@@ -125,10 +134,15 @@ EXPECTED = {
         head=_BERT_HEAD,
     ),
     "modernbert": Expected(
-        ModernBertConfig(**_USUAL, cls_token_id=2, sep_token_id=3), "qkv o gate_up down norm norm", embed="embed norm", head="head norm head bias"
+        ModernBertConfig(**_USUAL, cls_token_id=2, sep_token_id=3),
+        "qkv o gate_up down norm norm",
+        embed="embed norm",
+        head="head norm head bias",
     ),
     "t5": Expected(
-        T5Config(vocab_size=VOCAB, d_model=D, d_kv=8, d_ff=WIDE, num_layers=LAYERS, num_decoder_layers=2, num_heads=HEADS),
+        T5Config(
+            vocab_size=VOCAB, d_model=D, d_kv=8, d_ff=WIDE, num_layers=LAYERS, num_decoder_layers=2, num_heads=HEADS
+        ),
         "q k v o q k v o up down norm norm norm",
         tied="lm_head.weight",
         blocks=LAYERS + 2,

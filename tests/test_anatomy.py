@@ -29,7 +29,7 @@ def categories(anatomy: Anatomy, layer: str) -> Counter:
 @pytest.mark.parametrize("name", EXPECTED)
 @pytest.mark.filterwarnings("error")
 def test_architectures_are_read_as_the_table_says(name: str) -> None:
-    """Oracle: `named_parameters` for what there is, the config for the depth, a table written by hand for categories."""
+    """Oracle: `named_parameters` for what there is, the config for the depth, a handwritten table for categories."""
     expected = EXPECTED[name]
     module = expected.build()
     anatomy = read_anatomy(module, name)
@@ -61,7 +61,7 @@ def test_every_block_lies_under_its_path(name: str) -> None:
 
 
 def test_encoder_decoder_is_two_stacks_in_one_count() -> None:
-    """Oracle: T5's modules; the encoder's final norm and position bias belong to blocks, the decoder's norm is `norm`."""
+    """Oracle: T5's modules; the encoder's final norm and position bias are in blocks, the decoder's norm is `norm`."""
     anatomy = read_anatomy(EXPECTED["t5"].build(), "t5")
     assert [b.stack for b in anatomy.blocks] == ["encoder"] * LAYERS + ["decoder"] * 2
     assert [b.path for b in anatomy.blocks][LAYERS] == "decoder.block.0"
@@ -76,7 +76,9 @@ def test_encoder_decoder_is_two_stacks_in_one_count() -> None:
 
 def test_gated_t5_tells_gate_from_up() -> None:
     """Oracle: T5 v1.1 computes act(wi_0) * wi_1."""
-    config = T5Config(vocab_size=VOCAB, d_model=D, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+    config = T5Config(
+        vocab_size=VOCAB, d_model=D, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+    )
     with torch.device("meta"):
         anatomy = read_anatomy(AutoModelForSequenceClassification.from_config(config), "t5")
     dense = "transformer.encoder.block.1.layer.1.DenseReluDense"
@@ -132,7 +134,9 @@ class _MadeUp(nn.Module):
 
 def test_an_unknown_architecture_falls_back_to_its_longest_list() -> None:
     """Oracle: a module made up here; lists inside a block are longer and must not count."""
-    with pytest.warns(UserWarning, match=r"unknown architecture _MadeUp.*3 entries of its longest ModuleList, 'stages'"):
+    with pytest.warns(
+        UserWarning, match=r"unknown architecture _MadeUp.*3 entries of its longest ModuleList, 'stages'"
+    ):
         anatomy = read_anatomy(_MadeUp(), "mine")
     assert anatomy.structural
     assert any("names that no rule knows" in note for note in anatomy.notes)
@@ -217,6 +221,8 @@ def test_with_adapters_foretells_what_peft_injects(name: str, kind: str) -> None
 
 def test_conv1d_adapters_swap_in_and_out() -> None:
     """Oracle: LoRA's definition, A (r, in) and B (out, r), on a matrix stored (in, out)."""
-    anatomy = read_anatomy(EXPECTED["gpt2"].build(), "gpt2").with_adapters(["transformer.h.2.mlp.c_fc.weight"], 4, dora=True)
+    anatomy = read_anatomy(EXPECTED["gpt2"].build(), "gpt2").with_adapters(
+        ["transformer.h.2.mlp.c_fc.weight"], 4, dora=True
+    )
     shapes = {t.name.split("lora_")[1].split(".")[0]: t.shape for t in anatomy.tensors if t.category == "adapter"}
     assert shapes == {"A": (4, D), "B": (4 * D, 4), "magnitude_vector": (4 * D,)}

@@ -86,7 +86,7 @@ def test_another_plan_is_refused_with_both_differences(tmp_path):
 
 def test_another_model_is_refused_with_both_names(tmp_path):
     found = checkpoints.open_checkpoint(write(tmp_path))
-    with pytest.raises(UserError, match="'tiny'.*'other'"):
+    with pytest.raises(UserError, match=r"'tiny'.*'other'"):
         checkpoints.require_same(found, PLAN, Base("other", "def" * 10, "anatomy-digest"))
 
 
@@ -98,7 +98,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(UserError, match="No space left on device.*Earlier checkpoints are intact"):
+    with pytest.raises(UserError, match=r"No space left on device.*Earlier checkpoints are intact"):
         write(tmp_path, 2, keep=1)
     assert checkpoints.find_checkpoint(tmp_path, True).step == 1
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-1"]

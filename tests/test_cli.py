@@ -40,7 +40,9 @@ def test_plan_on_a_shipped_anatomy_imports_no_torch_and_prints_one_object():
         "code = run(['plan', 'model=smollm2-135m', 'freeze.strategy=bottom', 'freeze.fraction=0.5', '--json']);"
         "assert code == 0; heavy = {'torch', 'transformers', 'deepspeed', 'datasets'} & set(sys.modules); assert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["total"] == 134_515_008 + 2 * 576  # the published total, and a score head for two classes
@@ -61,7 +63,10 @@ def test_plan_draws_a_picture(capsys):
         (["plan", "model=smollm2-135m", "freeze.fraction=1.5"], "fraction"),
         (["plan", "missing.yaml"], "missing.yaml"),
         (["plan", "a.yaml", "b.yaml"], "Two recipes"),
-        (["plan", "model=smollm2-135m", "freeze.trainable=[modle.layers.2]", "freeze.strategy=patterns"], "model.layers.2"),
+        (
+            ["plan", "model=smollm2-135m", "freeze.trainable=[modle.layers.2]", "freeze.strategy=patterns"],
+            "model.layers.2",
+        ),
         (["plan", "model=smollm2-135m", "zero=zero4"], "zero3"),
     ],
 )

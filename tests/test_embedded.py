@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dsfreeze import embedded
 from dsfreeze.embedded import EMBEDDED, SHAPES, build_once, cache_folder, embedded_folder, gguf_folder, list_models
 from dsfreeze.errors import UserError
+from dsfreeze.gguf_conversion import _verify
 from dsfreeze.model import load_model, load_tokenizer
 from dsfreeze.recipe import ModelOptions
 
@@ -47,7 +48,9 @@ def test_the_list_imports_neither_torch_nor_the_packages() -> None:
     """Oracle: sys.modules of a fresh interpreter."""
     code = "import sys, dsfreeze.embedded as e; e.list_models(); print([m for m in sys.argv[1:] if m in sys.modules])"
     modules = ["torch", "transformers", *(model.module for model in EMBEDDED.values())]
-    done = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *modules], capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -106,7 +109,7 @@ def test_a_failed_build_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> No
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written.*DSFREEZE_CACHE"):
+    with pytest.raises(UserError, match=r"cannot be written.*DSFREEZE_CACHE"):
         build_once(tmp_path / "file" / "model", _slow_build)
 
 
@@ -146,7 +149,7 @@ def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @needs("smollm2-135m")
 def test_smollm_answers_under_plain_transformers(smollm: Path) -> None:
-    """Oracle: general knowledge; the number of parameters; exactly the GGUF file's own values in one norm and one row."""
+    """Oracle: general knowledge; the number of parameters; a matrix and a norm exactly as gguf de-quantises them."""
     from gguf import GGUFReader, dequantize
 
     module, tokenizer = AutoModelForCausalLM.from_pretrained(smollm), AutoTokenizer.from_pretrained(smollm)
@@ -156,7 +159,8 @@ def test_smollm_answers_under_plain_transformers(smollm: Path) -> None:
     assert module.dtype == torch.float32
     stored = {t.name: t for t in GGUFReader(embedded._find(EMBEDDED["smollm2-135m"])).tensors}
     for ours, theirs in (("layers.7.mlp.down_proj", "blk.7.ffn_down"), ("norm", "output_norm")):
-        expected = torch.from_numpy(dequantize(stored[f"{theirs}.weight"].data, stored[f"{theirs}.weight"].tensor_type))
+        values = stored[f"{theirs}.weight"]
+        expected = torch.tensor(dequantize(values.data, values.tensor_type))
         assert torch.equal(module.model.get_parameter(f"{ours}.weight"), expected)
 
 
@@ -172,17 +176,17 @@ def test_smollm_tokenizer_is_the_published_one(smollm: Path) -> None:
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.padding_side) == ("<|im_end|>", "<|im_end|>", "right")
     assert tokenizer("<|im_start|>").input_ids == [1]
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert len(tokenizer) == 49152
 
 
 @pytest.mark.slow
 @needs("smollm2-135m")
-def test_a_model_that_fails_its_check_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DSFREEZE_CACHE", str(tmp_path))
-    model = replace(EMBEDDED["smollm2-135m"], check=("The capital of France is", "Lyon"))
-    monkeypatch.setitem(EMBEDDED, "smollm2-135m", model)
-    with pytest.raises(UserError, match=r"answers '.*Paris.*', without 'Lyon'"):
-        embedded_folder("smollm2-135m")
-    assert not [p for p in tmp_path.iterdir() if not p.name.endswith(".lock")]
+def test_a_model_that_fails_its_check_is_refused(smollm: Path) -> None:
+    """A refusal while building leaves nothing behind; see test_a_failed_build_leaves_nothing_and_can_be_repeated."""
+    module, tokenizer = AutoModelForCausalLM.from_pretrained(smollm), AutoTokenizer.from_pretrained(smollm)
+    with pytest.raises(UserError, match=r"(?s)answers 'Paris.*', without 'Lyon'"):
+        _verify(module, tokenizer, Path("model.gguf"), "The capital of France is", "Lyon")

@@ -140,7 +140,9 @@ def test_a_signal_writes_a_checkpoint_and_the_exit_code_says_so(tmp_path, number
     recipe = tiny_recipe(tmp_path, train={"max_steps": 100_000, "save_strategy": "no"})
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    process = subprocess.Popen([sys.executable, "-m", "dsfreeze", "train", str(file)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dsfreeze", "train", str(file)], stderr=subprocess.PIPE, text=True
+    )
     steps = tmp_path / "run" / "steps.jsonl"
     deadline = time.monotonic() + 120
     while not (steps.exists() and len(steps.read_text().splitlines()) > 3) and process.poll() is None:

@@ -15,7 +15,9 @@ def test_linear_with_warmup():
 
 
 def test_warmup_ratio_rounds_up():
-    f = learning_rate_schedule(TrainOptions(learning_rate=2.0, warmup_ratio=0.1, lr_scheduler_type="constant_with_warmup"), 15)
+    f = learning_rate_schedule(
+        TrainOptions(learning_rate=2.0, warmup_ratio=0.1, lr_scheduler_type="constant_with_warmup"), 15
+    )
     assert [f(s) for s in range(4)] == pytest.approx([0.0, 1.0, 2.0, 2.0])
 
 

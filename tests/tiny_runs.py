@@ -78,5 +78,7 @@ def tiny_recipe(folder: Path, **changes: Any) -> Recipe:
                   "warmup_steps": 2, "output_dir": str(folder / "run"), "save_strategy": "no", "eval_strategy": "no"},
     }  # fmt: skip
     for key, value in changes.items():
-        values[key] = {**values[key], **value} if isinstance(value, dict) and isinstance(values.get(key), dict) else value
+        values[key] = (
+            {**values[key], **value} if isinstance(value, dict) and isinstance(values.get(key), dict) else value
+        )
     return Recipe.model_validate(values)

@@ -31,6 +31,7 @@ PRELOADED = [
     "dsfreeze.engine.zero",
     "dsfreeze.engine.local",
     "dsfreeze.loop",
+    "sklearn.metrics",  # metrics import it when they are used: seconds again
 ]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_runs import tiny_recipe
 from forks import _free_port
+from tiny_runs import tiny_recipe
 
 from dsfreeze.record import read_record
 
