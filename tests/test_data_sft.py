@@ -183,14 +183,14 @@ def test_bins_hold_everything_once_and_are_nearly_full() -> None:
 
 
 @needs_shared
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_loss_is_the_unpacked_loss(tmp_path: Path, attention: str) -> None:
+@pytest.mark.parametrize(("attention", "answer_only"), [("sdpa", True), ("eager", True), ("sdpa", False)])
+def test_packed_loss_is_the_unpacked_loss(tmp_path: Path, attention: str, answer_only: bool) -> None:
     """Oracle: the loss of the same chats one by one, weighted by their items; items and tokens are the same too."""
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "weights/stories260K")
     answers = ["Once upon a time", "there was", "a little girl named Lily. She", "x", "loved to play outside"]
     path = rows_file(tmp_path, [{"question": f"Tell {i}", "answer": text} for i, text in enumerate(answers)])
-    apart = prepared("sft", tokenizer, train=path, max_length=90)
-    packed = prepared("sft", tokenizer, train=path, max_length=90, packing=True)
+    apart = prepared("sft", tokenizer, train=path, max_length=90, answer_only=answer_only)
+    packed = prepared("sft", tokenizer, train=path, max_length=90, answer_only=answer_only, packing=True)
     assert len(packed.train) < len(apart.train)
     assert packed.train.num_items.sum() == apart.train.num_items.sum()
     assert packed.train.num_tokens.sum() == apart.train.num_tokens.sum()

@@ -156,7 +156,7 @@ def _json_mistake(path: Path) -> str | None:
                 elif line.strip():
                     json.loads(line)
     except json.JSONDecodeError as broken:
-        at, text = broken.lineno, broken.doc.splitlines()[broken.lineno - 1]
+        at, text = number - 1 + broken.lineno, broken.doc.splitlines()[broken.lineno - 1]
         return f"{path}, line {at}: broken JSON ({broken.msg}) in '{text[:60]}'. Is the file cut short?"
     except UnicodeDecodeError:
         return f"{path}, after line {number}: not UTF-8 text."
