@@ -56,13 +56,13 @@ def convert_gguf(file: Path, folder: Path, check: tuple[str, str] | None = None)
 
 
 def _read_fields(file: Path) -> dict[str, Any]:
-    """The file's metadata, tokens and merges as lists, and whether it has an "own head"."""
+    """The file's metadata, tokens and merges as lists, and the names of its tensors under "tensors"."""
     from gguf import GGUFReader
 
     try:
         reader = GGUFReader(file)
         fields = {key: field.contents() for key, field in reader.fields.items()}
-        return fields | {"own head": any(tensor.name == "output.weight" for tensor in reader.tensors)}
+        return fields | {"tensors": {tensor.name for tensor in reader.tensors}}
     # the reader maps the file and indexes into it, so damage shows as any of these
     except (ValueError, KeyError, IndexError, OSError, OverflowError, MemoryError, TypeError) as error:
         raise UserError(f"{file} is no whole GGUF file: {_first_line(error)}. Fetch it again.") from error
@@ -86,6 +86,8 @@ def _llama_config(fields: dict[str, Any]) -> PreTrainedConfig:
     def get(key: str, default: Any = None) -> Any:
         return fields.get(f"llama.{key}", default)
 
+    if get("expert_count") or get("rope.scaling.type") or "rope_freqs.weight" in fields["tensors"]:
+        raise ValueError("experts and scaled rotary embeddings are not carried over")
     heads, width = get("attention.head_count"), get("embedding_length")
     return LlamaConfig(
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
@@ -99,7 +101,7 @@ def _llama_config(fields: dict[str, Any]) -> PreTrainedConfig:
         rms_norm_eps=float(f"{get('attention.layer_norm_rms_epsilon', 1e-5):.6g}"),
         max_position_embeddings=get("context_length", 2048),
         rope_parameters={"rope_type": "default", "rope_theta": float(get("rope.freq_base", 10000.0))},
-        tie_word_embeddings=not fields["own head"],
+        tie_word_embeddings="output.weight" not in fields["tensors"],
         bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
         eos_token_id=fields.get("tokenizer.ggml.eos_token_id"),
         pad_token_id=fields.get("tokenizer.ggml.padding_token_id"),
@@ -110,7 +112,11 @@ def _smollm_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
     """Byte-level BPE whose digits stand alone, as SmolLM's tokenizer.json has it."""
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(pair.split(" ", 1)) for pair in fields["tokenizer.ggml.merges"]]
-    bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    vocab = {token: i for i, token in enumerate(tokens)}
+    astray = [pair for pair in merges if "".join(pair) not in vocab]
+    if astray:  # tokenizers would raise a bare Exception
+        raise ValueError(f"its vocabulary lacks the merge {astray[0]}")
+    bpe = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dsfreeze import embedded
 from dsfreeze.embedded import EMBEDDED, SHAPES, build_once, cache_folder, embedded_folder, gguf_folder, list_models
@@ -120,6 +121,80 @@ def test_a_file_that_is_no_gguf_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "model.gguf").write_bytes(content)
     with pytest.raises(UserError, match=r"model\.gguf is no whole GGUF file"):
         gguf_folder(tmp_path / "model.gguf")
+
+
+def write_gguf(file: Path, module: LlamaForCausalLM, merge: str = "a b", **more: str) -> None:
+    """A Llama as GGUF: fp32, byte vocabulary, rows of q and k in llama.cpp's order (halves of a head interleaved)."""
+    gguf = pytest.importorskip("gguf")
+    config = module.config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(5000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    tokens = ["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3] + [1] * 257)
+    writer.add_token_merges([merge])
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(0)
+    for key, value in more.items():
+        writer.add_string(key.replace("__", "."), value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in module.state_dict().items():
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:
+            tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        if name != "lm_head.weight" or not config.tie_word_embeddings:
+            stem = names.get_name(name.removesuffix(".weight"))
+            writer.add_tensor(f"{stem}.weight", tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def tiny(tied: bool) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0}, bos_token_id=None, eos_token_id=1,
+        pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_gguf_file_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+    """Oracle: the module that the file was written from, bit for bit; the second load reads the cache."""
+    monkeypatch.setenv("DSFREEZE_CACHE", str(tmp_path / "cache"))
+    module, file = tiny(tied), tmp_path / "mine.gguf"
+    write_gguf(file, module)
+    for _ in range(2):
+        options = ModelOptions(name=str(file))
+        loaded = load_model(options, "causal_lm", None, dtype=torch.float32, seed=0)
+        assert {n: p.shape for n, p in loaded.named_parameters()} == {n: p.shape for n, p in module.named_parameters()}
+        assert all(torch.equal(p, module.get_parameter(n)) for n, p in loaded.named_parameters())
+        ids = load_tokenizer(options)("12 a", return_tensors="pt").input_ids
+        assert torch.equal(loaded.eval()(ids).logits, module.eval()(ids).logits)
+    assert len([p for p in (tmp_path / "cache").iterdir() if p.is_dir()]) == 1
+
+
+def test_a_gguf_that_would_be_read_wrong_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSFREEZE_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "mine.gguf", tiny(True), llama__rope__scaling__type="yarn")
+    with pytest.raises(UserError, match=r"mine\.gguf cannot be converted: experts and scaled rotary"):
+        gguf_folder(tmp_path / "mine.gguf")
+    write_gguf(tmp_path / "other.gguf", tiny(True), merge="a c")
+    with pytest.raises(UserError, match=r"other\.gguf cannot be converted: its vocabulary lacks the merge"):
+        gguf_folder(tmp_path / "other.gguf")
 
 
 # -- the models --------------------------------------------------------------------------------------------------------
