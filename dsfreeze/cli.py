@@ -111,8 +111,7 @@ def train(
 
 
 def _print_config(recipe: Recipe, as_json: bool) -> int:
-    import yaml
-
+    from dsfreeze.recipe_yaml import dump_yaml
     from dsfreeze.zero_config import deepspeed_config, is_local
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -121,7 +120,7 @@ def _print_config(recipe: Recipe, as_json: bool) -> int:
     if as_json:
         _print_json(resolved)
     else:
-        sys.stdout.write(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+        sys.stdout.write(dump_yaml(resolved))
     return 0
 
 

@@ -202,6 +202,8 @@ def _wrong_types(zero: Config) -> Iterator[str]:
         if not right or (key == "stage" and value not in (0, 1, 2, 3)):
             kind = "0, 1, 2 or 3" if key == "stage" else words[expected]
             yield f'"zero_optimization.{key}" is {_json(value)}; it takes {kind}.'
+        elif key == "allgather_bucket_size" and value % 2:
+            yield f'"zero_optimization.{key}" is {_json(value)}; it takes an even number.'
 
 
 def _refusals(given: Config) -> Iterator[str]:
@@ -270,7 +272,8 @@ def _resolve(config: Config, owned: dict[str, _Owned], largest_set: int | None) 
     zero = config.setdefault("zero_optimization", {})
     zero["stage"] = stage = int(zero.get("stage", 0))
     if stage:
-        bucket = max(1, min(zero_keys.BUCKET, largest_set or zero_keys.BUCKET))
+        bucket = min(zero_keys.BUCKET, largest_set or zero_keys.BUCKET)
+        bucket += bucket % 2  # DeepSpeed asserts that bucket sizes are even
         for key in ("reduce_bucket_size", "allgather_bucket_size"):
             zero[key] = bucket if zero.get(key) in (None, AUTO) else int(zero[key])
     for key, value in zero_keys.AUTO_ZERO.items():

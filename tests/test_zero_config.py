@@ -81,7 +81,7 @@ def test_the_bucket_is_the_largest_set_and_never_deepspeeds_gigabyte():
     def bucket(largest_set):
         return deepspeed_config(recipe(), 1, largest_set)["zero_optimization"]["reduce_bucket_size"]
 
-    assert bucket(12_345) == 12_345
+    assert bucket(12_344) == 12_344
     assert bucket(None) == bucket(10**12) == 50_000_000
 
 
@@ -298,3 +298,10 @@ def test_any_json_gives_a_config_or_a_user_error(given_config, resolve):
         return
     assert '"auto"' not in json.dumps(config)
     assert stage_of(config) in range(4)
+
+
+@pytest.mark.parametrize("largest_set", [1, 6545, 6546])
+def test_bucket_sizes_are_even_whatever_trains(largest_set):
+    """Oracle: DeepSpeed's own assertion (stage_1_and_2.py, nccl_start_alignment_factor)."""
+    zero = deepspeed_config(recipe("zero=zero2"), 1, largest_set)["zero_optimization"]
+    assert zero["allgather_bucket_size"] == zero["reduce_bucket_size"] == largest_set + largest_set % 2

@@ -21,7 +21,7 @@ from torch import nn
 
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.engine import Engine
-from dsfreeze.engine.ranks import Ranks, read_ranks
+from dsfreeze.engine.ranks import Ranks, device_of, read_ranks
 from dsfreeze.errors import UserError
 from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import Recipe
@@ -82,12 +82,16 @@ def _leave(in_order: bool) -> None:
 
 def import_deepspeed() -> Any:
     """deepspeed, its log on standard error and its op for CPUs switched off: a minute's compilation for nothing."""
+    if device_of(0).type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # it warns on standard output when it must find that out itself
     import deepspeed
     from deepspeed.utils import logger
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for handler in logger.handlers:
         handler.setStream(sys.stderr)
+    # its calls to functions that torch has renamed; nobody here can mend that
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed
 
 

@@ -5,7 +5,13 @@ Every fork runs many cases, because a fork costs a second and a case a tenth of 
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +131,10 @@ def test_every_stage_equals_local(bf16, close):
         assert other[number, case][2] == {}
 
 
+#: What launchers set.
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 def one_process():
     with process_group(recipe_of()) as ranks:
         assert ranks.world_size == 1
@@ -140,7 +150,7 @@ def one_process():
         return results
 
 
-def test_one_process_needs_no_launcher(monkeypatch):
+def test_one_process_needs_no_launcher():
     """Oracle: LocalEngine. Without RANK, WORLD_SIZE and a port in the environment, twice over in one process."""
     wanted = train_steps(make_local("bottom"), 0, 3)
     (results,) = run_ranks(_alone, world_size=1)
@@ -151,11 +161,26 @@ def test_one_process_needs_no_launcher(monkeypatch):
 
 
 def _alone():
-    import os
-
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in LAUNCHERS:
         os.environ.pop(name, None)
     return [one_process(), one_process()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_fresh_process_finds_its_device_and_keeps_standard_output_clean(device):
+    """Oracle: LocalEngine on the CPU; and JSON, which one line of DeepSpeed's log among it would spoil."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    wanted = train_steps(make_local("bottom"), 0, 3)[0]
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+    environment = {k: v for k, v in os.environ.items() if k not in (*LAUNCHERS, "DS_ACCELERATOR")}
+    environment |= {"PYTHONPATH": os.pathsep.join(folders)} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+    code = "import json, test_zero_engine as t; print(json.dumps(t.one_process()))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    for name, (losses, _) in json.loads(done.stdout).items():
+        assert losses == pytest.approx(wanted, abs=1e-5 if device == "cpu" else 1e-4), name
 
 
 # -- bytes -----------------------------------------------------------------------------------------------------------
@@ -456,9 +481,6 @@ def test_one_rank_that_fails_ends_the_others():
 
 
 def misbehave():
-    import os
-    import time
-
     if os.environ["RANK"] == "0":
         os._exit(3)
     time.sleep(60)
