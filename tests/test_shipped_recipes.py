@@ -13,7 +13,7 @@ from dsfreeze.record import read_record
 ROOT = Path(__file__).parents[1]
 SHORT = (
     "train.max_steps=2", "train.per_device_train_batch_size=2", "train.per_device_eval_batch_size=2", "train.export=false",
-    "train.save_strategy=no", "data.max_train_examples=8", "data.max_eval_examples=4", "data.max_length=64", "data.max_new_tokens=4",
+    "train.save_strategy=no", "data.max_train_examples=8", "data.max_eval_examples=4", "data.max_length=192", "data.max_new_tokens=4",
 )  # fmt: skip
 #: What the evaluation of each must hold.
 METRICS = {

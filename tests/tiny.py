@@ -64,8 +64,12 @@ SETS = {
 
 
 def phase_of(anatomy: Anatomy, choice: str | list[str]) -> Phase:
-    names = SETS[choice] if isinstance(choice, str) else choice
-    return Phase(0, None, tuple(t.name for layer in anatomy.layers if layer.name in names for t in layer.tensors))
+    if choice == "matrices":  # frozen norms inside trained blocks
+        chosen = [t for layer in anatomy.blocks[1:] for t in layer.tensors if t.category != "norm"]
+    else:
+        names = SETS[choice] if isinstance(choice, str) else choice
+        chosen = [t for layer in anatomy.layers if layer.name in names for t in layer.tensors]
+    return Phase(0, None, tuple(t.name for t in chosen))
 
 
 def recipe_of(zero: str = "zero2", **train: Any) -> Recipe:

@@ -6,6 +6,7 @@ or in the engines makes DeepSpeed compile an op: the one it would build for comm
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -89,7 +90,8 @@ def import_deepspeed() -> Any:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for handler in logger.handlers:
-        handler.setStream(sys.stderr)
+        if type(handler) is logging.StreamHandler:  # not one that somebody else put there
+            handler.setStream(sys.stderr)
     # its calls to functions that torch has renamed; nobody here can mend that
     warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed

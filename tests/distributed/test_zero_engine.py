@@ -41,7 +41,8 @@ STEPS = 5
 CASES = [
     ("full", {"max_grad_norm": 0.5}),
     ("bottom", {"weight_decay": 0.1}),
-    ("top", {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
+    ("matrices", {"gradient_checkpointing": True}),
+    ("top", {"gradient_accumulation_steps": 2}),
     ("interval", {"gradient_accumulation_steps": 2, "weight_decay": 0.1, "max_grad_norm": 0.5}),
 ]
 SHARDED = {"stage3_param_persistence_threshold": 0}
@@ -84,10 +85,10 @@ def accumulation_of(train):
 
 
 def golden(cases, bf16=False):
-    """The oracle: LocalEngine, itself held against a hand-written loop in test_local_engine.py."""
+    """The oracle: LocalEngine without checkpointing, itself held against a hand-written loop in test_local_engine.py."""
     runs = []
     for choice, train in cases:
-        engine = make_local(choice, bf16=bf16, **train)
+        engine = make_local(choice, bf16=bf16, **{**train, "gradient_checkpointing": False})
         losses, norms = train_steps(engine, 0, STEPS, accumulation=accumulation_of(train))
         runs.append((losses, norms, {n: p.detach().float() for n, p in engine.module.named_parameters()}))
     return runs
@@ -111,8 +112,9 @@ def train_everywhere(layouts, cases, bf16):
 def test_every_stage_equals_local(bf16, close):
     """Oracle: `golden`. Losses to 1e-5 in fp32; in bf16 to 3e-2, because gradients of the two ranks are added in bf16.
     Frozen weights are equal to the bit, under weight decay too."""
-    wanted = golden(CASES, bf16)
-    (leader, other) = run_ranks(train_everywhere, LAYOUTS, CASES, bf16, timeout=240)
+    cases = CASES[:3] if bf16 else CASES
+    wanted = golden(cases, bf16)
+    (leader, other) = run_ranks(train_everywhere, LAYOUTS, cases, bf16, timeout=240)
     for (number, case), (losses, norms, weights, movement) in leader.items():
         where = f"{LAYOUTS[number]} {CASES[case]}"
         golden_losses, golden_norms, golden_weights = wanted[case]
