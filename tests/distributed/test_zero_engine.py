@@ -108,23 +108,25 @@ def train_everywhere(layouts, cases, bf16):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bf16", "close"), [(False, 1e-5), (True, 3e-2)], ids=["fp32", "bf16"])
-def test_every_stage_equals_local(bf16, close):
-    """Oracle: `golden`. Losses to 1e-5 in fp32; in bf16 to 3e-2, because gradients of the two ranks are added in bf16.
-    Frozen weights are equal to the bit, under weight decay too."""
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_every_stage_equals_local(bf16):
+    """Oracle: `golden`. In fp32 losses to 2e-6 and weights to 1e-6 (seen: 6e-7, 2e-7), where weights moved by 4e-2. In
+    bf16 gradients of the two ranks are added in bf16: losses to 5e-3, weights to 1.6e-2, two spacings of bf16 near 1
+    (seen: 2e-3, one spacing). Frozen weights are equal to the bit, under weight decay too."""
+    close_loss, close_norm, close_weight = (5e-3, 0.1, 1.6e-2) if bf16 else (2e-6, 1e-5, 1e-6)
     cases = CASES[:3] if bf16 else CASES
     wanted = golden(cases, bf16)
     (leader, other) = run_ranks(train_everywhere, LAYOUTS, cases, bf16, timeout=240)
     for (number, case), (losses, norms, weights, movement) in leader.items():
         where = f"{LAYOUTS[number]} {CASES[case]}"
         golden_losses, golden_norms, golden_weights = wanted[case]
-        assert losses == pytest.approx(golden_losses, abs=close), where
-        assert norms == pytest.approx(golden_norms, rel=10 * close), where
+        assert losses == pytest.approx(golden_losses, abs=close_loss), where
+        assert norms == pytest.approx(golden_norms, rel=close_norm), where
         trained = set(phase_of(llama_anatomy(tiny_llama()), CASES[case][0]).trainable)
         for name, value in weights.items():
             if name in trained:
                 torch.testing.assert_close(
-                    value.float(), golden_weights[name], atol=close, rtol=0, msg=f"{where} {name}"
+                    value.float(), golden_weights[name], atol=close_weight, rtol=0, msg=f"{where} {name}"
                 )
             else:
                 assert torch.equal(value.float(), golden_weights[name]), f"{where} {name}"
@@ -279,9 +281,9 @@ def assert_same_state(mine, theirs):
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_state_moves_between_stages_and_world_sizes(bf16):
     """Oracle: the uninterrupted run. What is loaded is exported again to the bit, at every stage, on one rank, and on
-    two again. Training goes on bit-equal within a layout and world size; across them to 1e-6 in fp32, 3e-2 in bf16.
+    two again. Training goes on bit-equal within a layout and world size; across them to 1e-6 in fp32, 5e-3 in bf16.
     """
-    close = 3e-2 if bf16 else 1e-6
+    close = 5e-3 if bf16 else 1e-6
     saved = run_ranks(interrupt, LAYOUTS, bf16, timeout=120)[0]
     for state, rest, end, went_on, reached in saved:
         assert {float(entry["step"]) for entry in state.values()} == {3.0}
