@@ -10,30 +10,17 @@ import math
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from forks import RanksFailed, outcomes_of, run_ranks
-from tiny import (
-    SETS,
-    config_of,
-    examples,
-    llama_anatomy,
-    micro_batches,
-    phase_of,
-    recipe_of,
-    tiny_llama,
-    train_steps,
-)
+from forks import run_ranks
+from tiny import examples, llama_anatomy, micro_batches, phase_of, recipe_of, tiny_llama, train_steps
+from zero_kit import LAYOUTS, SHARDED, STAGES, make_local, make_zero
 
-from dsfreeze.engine.local import LocalEngine
 from dsfreeze.engine.process import build_engine, process_group
-from dsfreeze.engine.zero import ZeroEngine
-from dsfreeze.errors import UserError
-from dsfreeze.plan import FreezePlan, Phase
+from dsfreeze.plan import FreezePlan
 from dsfreeze.zero_config import ds_configs
 
 STEPS = 5
@@ -45,36 +32,6 @@ CASES = [
     ("top", {"gradient_accumulation_steps": 2}),
     ("interval", {"gradient_accumulation_steps": 2, "weight_decay": 0.1, "max_grad_norm": 0.5}),
 ]
-SHARDED = {"stage3_param_persistence_threshold": 0}
-#: shipped configuration, further zero_optimization keys
-LAYOUTS = [
-    ("zero0", {}),
-    ("zero1", {"round_robin_gradients": True}),
-    ("zero2", {}),
-    ("zero3", SHARDED),
-    ("zero2_offload", {"round_robin_gradients": True}),
-    ("zero3_offload", {"stage3_param_persistence_threshold": 1000, "sub_group_size": 3000}),
-]
-STAGES = [("zero0", {}), ("zero1", {}), ("zero2", {}), ("zero3", SHARDED)]
-
-
-def make_local(choice, **train):
-    model = tiny_llama()
-    anatomy = llama_anatomy(model)
-    engine = LocalEngine(model, anatomy, recipe_of("local", **train))
-    engine.enter(phase_of(anatomy, choice))
-    return engine
-
-
-def make_zero(choice, name, zero=None, **train):
-    """Within a process group; `choice` None enters no phase."""
-    model = tiny_llama()
-    anatomy = llama_anatomy(model)
-    recipe = recipe_of(name, **train)
-    engine = ZeroEngine(model, anatomy, recipe, config_of(recipe, dist.get_world_size(), **(zero or {})))
-    if choice:
-        engine.enter(phase_of(anatomy, choice))
-    return engine
 
 
 def accumulation_of(train):
@@ -405,96 +362,3 @@ def spoil():
 def test_no_update_when_the_gradient_is_not_finite():
     """Oracle: checksums of masters and weights before."""
     assert run_ranks(spoil)[0] == [(math.inf, True)] * 5
-
-
-# -- mistakes --------------------------------------------------------------------------------------------------------
-
-
-def diverge(name, sets):
-    with process_group(recipe_of()) as ranks:
-        make_zero(sets[ranks.rank], name)
-
-
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
-@pytest.mark.parametrize("sets", [(["layers.2"], ["layers.1"]), (["layers.2"], ["layers.2", "layers.3"])])
-def test_ranks_that_disagree_are_an_error_on_every_rank(name, sets):
-    """Oracle: DeepSpeed itself trains the first pair silently wrong at stages 0 to 2, and hangs at 3."""
-    for outcome in outcomes_of(diverge, name, sets, timeout=30):
-        assert outcome.error == "UserError"
-        assert "disagree about which tensors train" in outcome.text
-
-
-def mistakes(name):
-    with process_group(recipe_of()):
-        engine = make_zero(None, name)
-        anatomy = engine.anatomy
-        with pytest.raises(UserError, match="every tensor is frozen"):
-            engine.enter(Phase(0, None, ()))
-        engine.enter(phase_of(anatomy, "bottom"))
-        with pytest.raises(UserError, match="static strategy"):
-            engine.enter(phase_of(anatomy, "full"))
-        engine.module.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
-        with pytest.raises(UserError, match="behind the plan's back"):
-            train_steps(engine, 0, 1)
-
-
-@pytest.mark.parametrize("name", ["zero1", "zero3"])
-def test_mistakes_are_errors_on_every_rank(name):
-    run_ranks(mistakes, name)
-
-
-def accumulate_in_fp32():
-    with process_group(recipe_of()):
-        engine = make_zero(None, "zero1", bf16=True)
-        engine.config["data_types"] = {"grad_accum_dtype": "fp32"}
-        with pytest.raises(UserError, match="Use stage 2"):
-            engine.enter(phase_of(engine.anatomy, "bottom"))
-
-
-def test_full_fp32_gradients_are_refused():
-    run_ranks(accumulate_in_fp32)
-
-
-def local_twice():
-    with process_group(recipe_of("local")):
-        pass
-
-
-def test_a_local_recipe_runs_in_one_process():
-    for outcome in outcomes_of(local_twice):
-        assert outcome.error == "UserError"
-        assert "zero0" in outcome.text
-
-
-def die(rank_that_fails):
-    with process_group(recipe_of()) as ranks:
-        engine = make_zero("bottom", "zero2")
-        if ranks.rank == rank_that_fails:
-            raise OSError("disk gone")
-        train_steps(engine, 0, 100)
-
-
-def test_one_rank_that_fails_ends_the_others():
-    """Oracle: nothing hangs: the other rank notices the closed connection."""
-    outcomes = outcomes_of(die, 1, timeout=40)
-    assert outcomes[1].error == "OSError"
-    assert outcomes[0].kind in ("error", "died")
-
-
-# -- the runner itself -----------------------------------------------------------------------------------------------
-
-
-def misbehave():
-    if os.environ["RANK"] == "0":
-        os._exit(3)
-    time.sleep(60)
-
-
-def test_the_runner_reports_deaths_and_hangs():
-    with pytest.raises(RanksFailed) as caught:
-        run_ranks(misbehave, timeout=4)
-    assert [o.kind for o in caught.value.outcomes] in (["died", "hung"], ["died", "died"])
-
-
-def test_all_sets_are_of_the_models_layers():
-    assert all(set(names) <= set(llama_anatomy(tiny_llama()).layer_names) for names in SETS.values())
