@@ -18,9 +18,11 @@ from dsfreeze.data.nli_words import (
     ACTIVITIES,
     ADJECTIVES,
     DEEDS,
+    FEW,
     HANDLINGS,
     KINDS,
-    NUMBERS,
+    MANY,
+    MIDDLE,
     OPENINGS,
     PEOPLE,
     PLACES,
@@ -44,21 +46,12 @@ POLAR: tuple[Table, ...] = (
     },
 )
 
-#: The square of opposition, there being some of the kind in both places.
-SQUARE: tuple[Table, ...] = (
-    {
-        "all": (["all", "some"], ["some'", "not all'"], ["not all", "not all"]),
-        "some": (["some"], ["all"], ["none"]),
-        "none": (["none", "not all"], ["some'", "not all'"], ["some", "some"]),
-        "not all": (["not all"], ["none"], ["all"]),
-    },
-    {
-        "all": (["all", "all"], ["all'", "not all'"], ["not all", "none"]),
-        "some": (["some"], ["all"], ["none"]),
-        "none": (["none", "none"], ["some'", "none'"], ["some", "all"]),
-        "not all": (["not all"], ["none"], ["all"]),
-    },
-)
+#: Quantifiers, there being some of the kind in both places.
+QUANTIFIERS: Table = {
+    "all": (["all", "some"], ["some'", "none'"], ["none", "none"]),
+    "some": (["some"], ["all"], ["none"]),
+    "none": (["none", "none", "none"], ["some'", "none'", "none'"], ["all", "some", "some"]),
+}
 
 #: A member (m) of a kind (K), said or denied.
 MEMBERS: tuple[Table, ...] = (
@@ -169,15 +162,21 @@ def _a(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
+def _split(form: str) -> tuple[str, bool]:
+    """A form without its mark, and whether it is about something else."""
+    return form.removesuffix("'"), form.endswith("'")
+
+
 def _negation(rng: random.Random) -> list[Pair]:
-    """The (young) doctor (in the park) is / is not reading a letter."""
+    """The (young) doctor (in the park) is / is not reading a letter; another person, or doing something else."""
     people, activities = _two(rng, PEOPLE), _two(rng, ACTIVITIES)
-    rng.choice((people, activities))[1] = "same"
+    same = rng.choice((people, activities))
+    same[1] = same[0]
     place = rng.choice((*PLACES, *[""] * len(PLACES)))
 
     def of(form: str) -> tuple[str, str]:
-        person, activity = (pair[form.endswith("'") and pair[1] != "same"] for pair in (people, activities))
-        return person, f"{'is' if form[0] == '+' else 'is not'} {activity}"
+        sign, other = _split(form)
+        return people[other], f"{'is' if sign == '+' else 'is not'} {activities[other]}"
 
     def premise(form: str) -> str:
         person, does = of(form)
@@ -191,88 +190,85 @@ def _negation(rng: random.Random) -> list[Pair]:
 
 
 def _quantifiers(rng: random.Random) -> list[Pair]:
-    """Every farmer / several / not one / not every ... at the market is ..., here and elsewhere."""
+    """Every farmer / several farmers / not one farmer at the market is waving a flag; in another place."""
     person, activity, places = rng.choice(PEOPLE), rng.choice(ACTIVITIES), _two(rng, PLACES)
-    premises = {"all": "every {} is", "some": "several {}s are", "none": "not one {} is", "not all": "not every {} is"}
-    hypotheses = {
-        "all": "all the {}s {} are",
-        "some": "some {}s {} are",
-        "none": "no {}s {} are",
-        "not all": "some {}s {} are not",
-    }
+    premises = {"all": ("every {}", "is"), "some": ("several {}s", "are"), "none": ("not one {}", "is")}
+    hypotheses = {"all": "all the {}s", "some": "some {}s", "none": "no {}s"}
 
     def premise(form: str) -> str:
-        place = places[form.endswith("'")]
-        who, verb = premises[form.removesuffix("'")].format(person).rsplit(" ", 1)
-        return _opened(f"{who} {place} {verb} {activity}", rng)
+        quantifier, elsewhere = _split(form)
+        who, verb = premises[quantifier]
+        return _opened(f"{who.format(person)} {places[elsewhere]} {verb} {activity}", rng)
 
     def hypothesis(form: str) -> str:
-        place = places[form.endswith("'")]
-        return _sentence(f"{hypotheses[form.removesuffix(chr(39))].format(person, place)} {activity}")
+        quantifier, elsewhere = _split(form)
+        return _sentence(f"{hypotheses[quantifier].format(person)} {places[elsewhere]} are {activity}")
 
-    return _read(_both_ways(rng.choice(SQUARE)), premise, hypothesis)
+    return _read(_both_ways(QUANTIFIERS), premise, hypothesis)
 
 
 def _hypernyms(rng: random.Random) -> list[Pair]:
-    """The judge noticed (did not notice) a rose / a flower."""
+    """The judge noticed / did not notice a rose / a flower; another person."""
     kind = rng.choice(tuple(KINDS))
     nouns = {"K": kind, "m": rng.choice(KINDS[kind])}
     people, (verb, past) = _two(rng, PEOPLE), rng.choice(HANDLINGS)
     place = rng.choice(PLACES)
 
     def says(form: str, person: str) -> str:
-        noun = nouns[form[1]]
-        return f"{person} {past} {_a(noun)}" if form[0] == "+" else f"{person} did not {verb} {_a(noun)}"
+        does = past if form[0] == "+" else f"did not {verb}"
+        return f"{person} {does} {_a(nouns[form[1]])} {place}"
 
     def premise(form: str) -> str:
-        return _opened(f"{says(form, _person(people[form.endswith(chr(39))], rng))} {place}", rng)
+        return _opened(says(form, _person(people[_split(form)[1]], rng)), rng)
 
     def hypothesis(form: str) -> str:
-        return _sentence(f"{says(form, 'the ' + people[form.endswith(chr(39))])} {place}")
+        return _sentence(says(form, f"the {people[_split(form)[1]]}"))
 
     return _read(_both_ways(rng.choice(MEMBERS)), premise, hypothesis)
 
 
 def _numbers(rng: random.Random) -> list[Pair]:
-    """Exactly five sailors ...; exactly five / more than three / fewer than nine sailors ..."""
+    """Exactly three / nine sailors are laughing; exactly nine / more than six / fewer than six; in another place."""
     person, activity, places = rng.choice(PEOPLE), rng.choice(ACTIVITIES), _two(rng, PLACES)
-    low, middle, high = sorted(rng.sample(range(len(NUMBERS)), 3))
-    count = {"-": NUMBERS[low], "+": NUMBERS[high]}
-    compared = {"-": f"fewer than {NUMBERS[middle]}", "+": f"more than {NUMBERS[middle]}"}
-    bounds = compared if rng.random() < 0.5 else {sign: f"exactly {number}" for sign, number in count.items()}
+    few, middle, many = (rng.choice(numbers) for numbers in (FEW, MIDDLE, MANY))
+    counts = {"-": f"exactly {few}", "+": f"exactly {many}"}
+    bounds = rng.choice((counts, {"-": f"fewer than {middle}", "+": f"more than {middle}"}))
 
-    def says(number: str, form: str) -> str:
-        return f"{number} {person}s {places[form.endswith(chr(39))]} are {activity}"
+    def says(amounts: Mapping[str, str], form: str) -> str:
+        sign, elsewhere = _split(form)
+        return f"{amounts[sign]} {person}s {places[elsewhere]} are {activity}"
 
     def premise(form: str) -> str:
-        return _opened(says(f"exactly {count[form[0]]}", form), rng)
+        return _opened(says(counts, form), rng)
 
     def hypothesis(form: str) -> str:
-        return _sentence(says(bounds[form[0]], form))
+        return _sentence(says(bounds, form))
 
     return _read(_both_ways(rng.choice(POLAR)), premise, hypothesis)
 
 
 def _passive(rng: random.Random) -> list[Pair]:
-    """The pilot thanked the nurse; the nurse was (not) thanked by the pilot; and with the roles exchanged."""
-    people, (verb, past) = _two(rng, PEOPLE), rng.choice(DEEDS)
+    """The pilot thanked the nurse; the nurse was (not) thanked by the pilot; roles exchanged, or another deed or doer."""
+    doer, other, third = rng.sample(PEOPLE, 3)
+    deeds = rng.sample(DEEDS, 2)
+    cases = [
+        (doer, deeds[0], other),
+        rng.choice(((other, deeds[0], doer), (doer, deeds[1], other), (third, deeds[0], other))),
+    ]
     passive_first = rng.random() < 0.5
 
-    def says(form: str, doer: str, other: str, *, passive: bool) -> str:
+    def says(form: str, who: str, verb: tuple[str, str], whom: str, *, passive: bool) -> str:
         if passive:
-            return f"{other} was {'' if form[0] == '+' else 'not '}{past} by {doer}"
-        return f"{doer} {past} {other}" if form[0] == "+" else f"{doer} did not {verb} {other}"
-
-    def roles(form: str) -> list[str]:
-        return people[::-1] if form.endswith("'") else people
+            return f"{whom} was {'' if form[0] == '+' else 'not '}{verb[1]} by {who}"
+        return f"{who} {verb[1]} {whom}" if form[0] == "+" else f"{who} did not {verb[0]} {whom}"
 
     def premise(form: str) -> str:
-        doer, other = (_person(person, rng) for person in roles(form))
-        return _opened(says(form, doer, other, passive=passive_first), rng)
+        who, verb, whom = cases[_split(form)[1]]
+        return _opened(says(form, _person(who, rng), verb, _person(whom, rng), passive=passive_first), rng)
 
     def hypothesis(form: str) -> str:
-        doer, other = (f"the {person}" for person in roles(form))
-        return _sentence(says(form, doer, other, passive=not passive_first))
+        who, verb, whom = cases[_split(form)[1]]
+        return _sentence(says(form, f"the {who}", verb, f"the {whom}", passive=not passive_first))
 
     return _read(_both_ways(rng.choice(POLAR)), premise, hypothesis)
 

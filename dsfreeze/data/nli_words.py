@@ -66,7 +66,9 @@ KINDS = {
     "building": _phrases("barn, castle, cottage, temple, tower"),
 }
 
-NUMBERS = _phrases("two, three, four, five, six, seven, eight, nine, ten, eleven, twelve")
+FEW = _phrases("two, three, four")
+MIDDLE = _phrases("five, six, seven")
+MANY = _phrases("eight, nine, ten, eleven, twelve")
 
 #: Ways to begin a premise that change nothing in what follows from it.
 OPENINGS = ("", "", "", "", "", "Today ", "Luckily ", "Clearly ")
