@@ -40,7 +40,7 @@ def evaluate(engine: Engine, task_data: TaskData, recipe: Recipe) -> dict[str, f
     items = sum(row[1] for row in judged)
     texts: Sequence[str] = ()
     references: Sequence[str] = ()
-    if any(metrics.METRICS[name].generates for name in task_data.metrics):
+    if metrics.generates(task_data.metrics):
         texts, references = _generate_all(engine, task_data, size, recipe.data.max_new_tokens)
     outcome = metrics.Outcome(
         loss=math.fsum(row[0] for row in judged) / max(items, 1),

@@ -210,6 +210,11 @@ def choose(task_data: TaskData, named: Sequence[str] | None) -> tuple[str, ...]:
     return DEFAULTS[kind]
 
 
+def generates(names: Sequence[str] | None) -> bool:
+    """Whether one of these metrics is of generated text."""
+    return any(METRICS[name].generates for name in names or () if name in METRICS)
+
+
 def compute(names: Sequence[str], outcome: Outcome) -> Numbers:
     """`loss` and the named metrics, in that order."""
     numbers = {"loss": outcome.loss}

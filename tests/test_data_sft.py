@@ -122,12 +122,13 @@ def test_prompts_end_where_the_answer_begins(tmp_path: Path) -> None:
     """Oracle: prompt and reference put together are the whole chat; a long prompt loses its beginning."""
     tokenizer = chat_tokenizer()
     path = rows_file(tmp_path, [{"messages": CHAT}])
-    prompts = prepared("sft", tokenizer, train=None, eval=path).prompts
+    prompts = prepared("sft", tokenizer, train=None, eval=path, metrics=["rouge"]).prompts
     whole = tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert whole.startswith(tokenizer.decode(prompts.input_ids[0]) + "2")
     assert prompts.references == ["2"]
-    cut = prepared("sft", tokenizer, train=None, eval=path, max_length=100).prompts
+    cut = prepared("sft", tokenizer, train=None, eval=path, metrics=["bleu"], max_length=100).prompts
     assert cut.input_ids[0] == prompts.input_ids[0][-100:]
+    assert prepared("sft", tokenizer, train=None, eval=path).prompts is None  # no metric asks for them
 
 
 def test_chats_whose_answer_is_cut_off_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -111,6 +111,8 @@ def test_another_batch_size_still_sees_every_example_once() -> None:
     assert Counter(seen) == Counter(range(50))
 
 
-def test_other_data_are_refused() -> None:
+def test_no_data_and_other_data_are_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.train is empty"):
+        Loader(None, collate, len, per_device_batch_size=1)
     with pytest.raises(UserError, match="had 50 examples, this has 49"):
         loader(49, 4, 1).load_state_dict(loader(50, 4, 1).state_dict())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsfreeze.data import columns
-from dsfreeze.data.examples import Example, Examples, TaskData, TokenCollate, pad_id
+from dsfreeze.data.examples import Example, Examples, TaskData, TokenCollate, pad_id, tokenised
 from dsfreeze.data.sources import Table, Tables
 from dsfreeze.errors import UserError
 from dsfreeze.recipe import DataOptions
@@ -64,7 +64,7 @@ def _examples(table: Table, *, text: str, tokenizer: PreTrainedTokenizerBase, ma
     table.require([text], "data.text")
     columns.require_filled(table, [text])
     encode = partial(_encode, text=text, tokenizer=tokenizer)
-    rows = table.rows.map(encode, batched=True, remove_columns=table.columns)
+    rows = tokenised(table.rows, encode)
     if len(rows) == 0:
         raise UserError(f"{table.name}: '{text}' holds no text.")
     stream = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in rows["input_ids"]])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dsfreeze.data import columns
-from dsfreeze.data.examples import Batch, Example, Examples, TaskData, ints, pad, pad_id, pad_inputs
+from dsfreeze.data.examples import Batch, Example, Examples, TaskData, ints, pad, pad_id, pad_inputs, tokenised
 from dsfreeze.data.labels import index_of, label_names
 from dsfreeze.data.sources import Table, Tables
 from dsfreeze.errors import UserError
@@ -76,7 +76,7 @@ def _examples(
     else:
         labels = [index_of(value, names, table.where(i), label) for i, value in enumerate(values)]
     encode = partial(_encode, text=tuple(text), tokenizer=tokenizer, max_length=options.max_length)
-    rows = table.rows.map(encode, batched=True, remove_columns=table.columns)
+    rows = tokenised(table.rows, encode)
     num_tokens = ints(len(ids) for ids in rows["input_ids"])
     return Examples(rows.add_column("labels", labels), np.ones(len(labels), dtype=np.int64), num_tokens)
 

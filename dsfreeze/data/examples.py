@@ -17,6 +17,7 @@ import torch
 from dsfreeze.errors import UserError
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 Example = Mapping[str, Any]
@@ -118,6 +119,15 @@ class TokenCollate:
             batch["token_type_ids"] = pad([example["token_type_ids"] for example in examples], 0)
         batch["labels"] = pad([example["labels"] for example in examples], IGNORED)
         return batch
+
+
+def tokenised(rows: Dataset, encode: Callable[[dict[str, list[Any]]], dict[str, list[Any]]]) -> Dataset:
+    """The rows through `encode`, batch by batch; none of the old columns stay.
+
+    Memory-mapped for rows from a file. Never taken from a former run's cache: `datasets` tells functions apart by
+    name, and would not see that ours has changed since.
+    """
+    return rows.map(encode, batched=True, remove_columns=rows.column_names, load_from_cache_file=False)
 
 
 def count(labels: Sequence[int], *, shifted: bool = False) -> int:

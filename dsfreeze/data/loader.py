@@ -42,7 +42,7 @@ class Loader(Iterator[Step]):
 
     def __init__(
         self,
-        examples: Examples,
+        examples: Examples | None,
         collate: Collate,
         num_items: Callable[[Batch], int],
         *,
@@ -52,6 +52,8 @@ class Loader(Iterator[Step]):
         world_size: int = 1,
         seed: int = 42,
     ) -> None:
+        if examples is None:
+            raise UserError("There is nothing to train on: data.train is empty.")
         self.examples = examples
         self.collate = collate
         self.num_items = num_items

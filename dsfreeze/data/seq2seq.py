@@ -8,7 +8,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dsfreeze.data import columns
-from dsfreeze.data.examples import IGNORED, Batch, Example, Examples, Prompts, TaskData, ints, pad, pad_id, pad_inputs
+from dsfreeze.data.examples import (
+    IGNORED,
+    Batch,
+    Example,
+    Examples,
+    Prompts,
+    TaskData,
+    ints,
+    pad,
+    pad_id,
+    pad_inputs,
+    tokenised,
+)
 from dsfreeze.data.sources import Table, Tables
 from dsfreeze.errors import UserError
 from dsfreeze.recipe import DataOptions
@@ -64,7 +76,7 @@ def _examples(
         tokenizer=tokenizer,
         max_length=options.max_length,
     )
-    rows = table.rows.map(encode, batched=True, remove_columns=table.columns)
+    rows = tokenised(table.rows, encode)
     num_items = ints(map(len, rows["labels"]))
     return Examples(rows, num_items, num_items + ints(map(len, rows["input_ids"])))
 

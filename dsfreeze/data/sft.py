@@ -19,11 +19,12 @@ from jinja2 import TemplateError
 
 from dsfreeze.data import conversations
 from dsfreeze.data.conversations import Message
-from dsfreeze.data.examples import IGNORED, Examples, Prompts, TaskData, TokenCollate, count, ints, pad_id
+from dsfreeze.data.examples import IGNORED, Examples, Prompts, TaskData, TokenCollate, count, ints, pad_id, tokenised
 from dsfreeze.data.packing import PackedCollate, pack
 from dsfreeze.data.sources import Table, Tables
 from dsfreeze.data.tokens import require_fast
 from dsfreeze.errors import UserError
+from dsfreeze.metrics import generates
 from dsfreeze.recipe import DataOptions
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def prepare(options: DataOptions, tables: Tables, tokenizer: PreTrainedTokenizer
         eval=tables.eval and make(tables.eval),
         collate=PackedCollate(plain) if options.packing else plain,
         tokenizer=tokenizer,
-        prompts=tables.eval and _prompts(tables.eval, options, tokenizer),
+        prompts=_prompts(tables.eval, options, tokenizer) if tables.eval and generates(options.metrics) else None,
     )
 
 
@@ -90,7 +91,7 @@ def _examples(table: Table, *, options: DataOptions, tokenizer: PreTrainedTokeni
         }
     )
     encode = partial(_encode, tokenizer=tokenizer, max_length=options.max_length, answer_only=options.answer_only)
-    rows = texts.map(encode, batched=True, remove_columns=texts.column_names)
+    rows = tokenised(texts, encode)
     num_items = ints(count(labels, shifted=True) for labels in rows["labels"])
     kept = num_items.nonzero()[0]
     if len(kept) == 0:

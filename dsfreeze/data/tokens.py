@@ -13,7 +13,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from dsfreeze.data import columns
-from dsfreeze.data.examples import IGNORED, Examples, TaskData, TokenCollate, count, ints, pad_id
+from dsfreeze.data.examples import IGNORED, Examples, TaskData, TokenCollate, count, ints, pad_id, tokenised
 from dsfreeze.data.labels import index_of, label_names
 from dsfreeze.data.sources import Table, Tables
 from dsfreeze.errors import UserError
@@ -72,7 +72,7 @@ def _examples(
         logger.warning("%s: left out %d rows without words", table.name, len(table.rows) - len(kept))
     rows = table.rows.select(kept).select_columns([words]).add_column("word_labels", labels)
     encode = partial(_encode, words=words, tokenizer=tokenizer, max_length=max_length)
-    rows = rows.map(encode, batched=True, remove_columns=rows.column_names)
+    rows = tokenised(rows, encode)
     return Examples(rows, ints(map(count, rows["labels"])), ints(map(len, rows["input_ids"])))
 
 
