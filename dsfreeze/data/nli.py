@@ -23,9 +23,8 @@ from dsfreeze.data.nli_words import (
     KINDS,
     MANY,
     MIDDLE,
-    OPENINGS,
+    NUMBERS,
     PEOPLE,
-    PLACES,
 )  # fmt: skip
 
 LABELS = ("entailment", "neutral", "contradiction")
@@ -147,15 +146,11 @@ def _two(rng: random.Random, words: Sequence[str]) -> list[str]:
 
 
 def _person(person: str, rng: random.Random) -> str:
-    return f"the {rng.choice(ADJECTIVES)} {person}" if rng.random() < 0.4 else f"the {person}"
+    return f"the {rng.choice(ADJECTIVES)} {person}"
 
 
 def _sentence(text: str) -> str:
     return text[0].upper() + text[1:] + "."
-
-
-def _opened(text: str, rng: random.Random) -> str:
-    return _sentence(rng.choice(OPENINGS) + text)
 
 
 def _a(noun: str) -> str:
@@ -168,11 +163,10 @@ def _split(form: str) -> tuple[str, bool]:
 
 
 def _negation(rng: random.Random) -> list[Pair]:
-    """The (young) doctor (in the park) is / is not reading a letter; another person, or doing something else."""
+    """The young doctor is / is not reading a letter; another person, or doing something else."""
     people, activities = _two(rng, PEOPLE), _two(rng, ACTIVITIES)
     same = rng.choice((people, activities))
     same[1] = same[0]
-    place = rng.choice((*PLACES, *[""] * len(PLACES)))
 
     def of(form: str) -> tuple[str, str]:
         sign, other = _split(form)
@@ -180,7 +174,7 @@ def _negation(rng: random.Random) -> list[Pair]:
 
     def premise(form: str) -> str:
         person, does = of(form)
-        return _opened(" ".join(filter(None, (_person(person, rng), place, does))), rng)
+        return _sentence(f"{_person(person, rng)} {does}")
 
     def hypothesis(form: str) -> str:
         person, does = of(form)
@@ -190,19 +184,19 @@ def _negation(rng: random.Random) -> list[Pair]:
 
 
 def _quantifiers(rng: random.Random) -> list[Pair]:
-    """Every farmer / several farmers / not one farmer at the market is waving a flag; in another place."""
-    person, activity, places = rng.choice(PEOPLE), rng.choice(ACTIVITIES), _two(rng, PLACES)
+    """Every farmer / several farmers / not one farmer is waving a flag; or doing something else."""
+    person, activities = rng.choice(PEOPLE), _two(rng, ACTIVITIES)
     premises = {"all": ("every {}", "is"), "some": ("several {}s", "are"), "none": ("not one {}", "is")}
     hypotheses = {"all": "all the {}s", "some": "some {}s", "none": "no {}s"}
 
     def premise(form: str) -> str:
-        quantifier, elsewhere = _split(form)
+        quantifier, other = _split(form)
         who, verb = premises[quantifier]
-        return _opened(f"{who.format(person)} {places[elsewhere]} {verb} {activity}", rng)
+        return _sentence(f"{who.format(person)} {verb} {activities[other]}")
 
     def hypothesis(form: str) -> str:
-        quantifier, elsewhere = _split(form)
-        return _sentence(f"{hypotheses[quantifier].format(person)} {places[elsewhere]} are {activity}")
+        quantifier, other = _split(form)
+        return _sentence(f"{hypotheses[quantifier].format(person)} are {activities[other]}")
 
     return _read(_both_ways(QUANTIFIERS), premise, hypothesis)
 
@@ -212,14 +206,13 @@ def _hypernyms(rng: random.Random) -> list[Pair]:
     kind = rng.choice(tuple(KINDS))
     nouns = {"K": kind, "m": rng.choice(KINDS[kind])}
     people, (verb, past) = _two(rng, PEOPLE), rng.choice(HANDLINGS)
-    place = rng.choice(PLACES)
 
     def says(form: str, person: str) -> str:
         does = past if form[0] == "+" else f"did not {verb}"
-        return f"{person} {does} {_a(nouns[form[1]])} {place}"
+        return f"{person} {does} {_a(nouns[form[1]])}"
 
     def premise(form: str) -> str:
-        return _opened(says(form, _person(people[_split(form)[1]], rng)), rng)
+        return _sentence(says(form, _person(people[_split(form)[1]], rng)))
 
     def hypothesis(form: str) -> str:
         return _sentence(says(form, f"the {people[_split(form)[1]]}"))
@@ -228,23 +221,21 @@ def _hypernyms(rng: random.Random) -> list[Pair]:
 
 
 def _numbers(rng: random.Random) -> list[Pair]:
-    """Exactly three / nine sailors are laughing; exactly nine / more than six / fewer than six; in another place."""
-    person, activity, places = rng.choice(PEOPLE), rng.choice(ACTIVITIES), _two(rng, PLACES)
+    """Exactly 3 / 9 sailors are laughing; exactly nine / more than six / fewer than six; or doing something else."""
+    person, activities = rng.choice(PEOPLE), _two(rng, ACTIVITIES)
     few, middle, many = (rng.choice(numbers) for numbers in (FEW, MIDDLE, MANY))
-    counts = {"-": f"exactly {few}", "+": f"exactly {many}"}
-    bounds = rng.choice((counts, {"-": f"fewer than {middle}", "+": f"more than {middle}"}))
+    counts = {"-": few, "+": many}
+    exact = {sign: f"exactly {number}" for sign, number in counts.items()}
+    bounds = rng.choice((exact, {"-": f"fewer than {middle}", "+": f"more than {middle}"}))
 
-    def says(amounts: Mapping[str, str], form: str) -> str:
-        sign, elsewhere = _split(form)
-        return f"{amounts[sign]} {person}s {places[elsewhere]} are {activity}"
+    def says(amount: str, form: str) -> str:
+        return _sentence(f"{amount} {person}s are {activities[_split(form)[1]]}")
 
-    def premise(form: str) -> str:
-        return _opened(says(counts, form), rng)
-
-    def hypothesis(form: str) -> str:
-        return _sentence(says(bounds, form))
-
-    return _read(_both_ways(rng.choice(POLAR)), premise, hypothesis)
+    return _read(
+        _both_ways(rng.choice(POLAR)),
+        lambda form: says(f"exactly {NUMBERS.index(counts[form[0]]) + 2}", form),
+        lambda form: says(bounds[form[0]], form),
+    )
 
 
 def _passive(rng: random.Random) -> list[Pair]:
@@ -264,7 +255,7 @@ def _passive(rng: random.Random) -> list[Pair]:
 
     def premise(form: str) -> str:
         who, verb, whom = cases[_split(form)[1]]
-        return _opened(says(form, _person(who, rng), verb, _person(whom, rng), passive=passive_first), rng)
+        return _sentence(says(form, f"the {who}", verb, f"the {whom}", passive=passive_first))
 
     def hypothesis(form: str) -> str:
         who, verb, whom = cases[_split(form)[1]]

@@ -21,12 +21,6 @@ PEOPLE = _phrases("""
 
 ADJECTIVES = _phrases("young, old, tall, friendly, tired, cheerful, quiet, clever, careful, polite")
 
-PLACES = _phrases("""
-    in the park, at the market, on the beach, in the kitchen, near the river, in the library, at the station,
-    in the garden, on the bridge, in the museum, at the harbor, in the hotel, behind the church, in the village,
-    at the airport, near the lake, in the forest, on the hill, at the stadium, in the theater
-""")
-
 #: Things that one can do together, so that doing one says nothing of another.
 ACTIVITIES = _phrases("""
     wearing a coat, holding an umbrella, eating an apple, drinking tea, reading a letter, singing a song,
@@ -66,9 +60,7 @@ KINDS = {
     "building": _phrases("barn, castle, cottage, temple, tower"),
 }
 
+NUMBERS = _phrases("two, three, four, five, six, seven, eight, nine, ten, eleven, twelve")
 FEW = _phrases("two, three, four")
 MIDDLE = _phrases("five, six, seven")
 MANY = _phrases("eight, nine, ten, eleven, twelve")
-
-#: Ways to begin a premise that change nothing in what follows from it.
-OPENINGS = ("", "", "", "", "", "Today ", "Luckily ", "Clearly ")
