@@ -71,14 +71,13 @@ def comparison_table(frozen: Mapping[str, Any], full: Mapping[str, Any]) -> Tabl
         "", "this plan", "full tuning", "ratio", title="what freezing saved, measured in this run", title_justify="left"
     )
     before, after = frozen["metrics"]["before"], frozen["metrics"]["after"]
-    for metric in after:
+    for metric in (name for name in after if name != "loss"):
         table.add_row(f"{metric} before", f"{before[metric]:.3f}", "", "")
         table.add_row(f"{metric} after", f"[bold]{after[metric]:.3f}[/]", "", "")
     table.add_row("parameters", million(frozen["total"]), million(full["total"]), "")
     rows = [
         ("trainable parameters", million, frozen["trainable"], full["trainable"]),
         ("optimizer state", gib, *(s["memory"]["optimizer_state"] for s in (frozen, full))),
-        ("gradients", gib, *(s["memory"]["gradients"] for s in (frozen, full))),
         ("peak memory", gib, *(s["memory"]["peak"] for s in (frozen, full))),
         ("seconds per step", "{:.3f}".format, frozen["seconds_per_step"], full["seconds_per_step"]),
         ("FLOPs per token (formula)", "{:.0%}".format, frozen["flops_vs_full"], full["flops_vs_full"]),
