@@ -77,8 +77,8 @@ class Run:
     # -- the run -----------------------------------------------------------------------------------------------
 
     def start(self) -> dict[str, Any]:
-        require_free(self.output_dir, self.job.plan, resume=bool(self.options.resume_from_checkpoint))
         resumed = self._find_checkpoint()
+        require_free(self.output_dir, self.job.plan, resume=resumed is not None)
         engine = build_engine(self.job.module, self.job.anatomy, self.job.recipe, self.job.plan)
         try:
             engine.enter(self.job.plan.phase_at(resumed.step if resumed else 0))
@@ -115,10 +115,11 @@ class Run:
         norm = engine.step(learning_rate)
         loss, tokens, *signals = engine.sum([loss, float(step.tokens), *interrupt.flags()])
         seconds = time.perf_counter() - began
-        if not math.isfinite(loss):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
-                f"The loss of step {self.step} is {loss}: training cannot go on. Lower train.learning_rate (now "
-                f"{self.options.learning_rate:g}), check the data for empty examples, or set train.max_grad_norm."
+                f"The loss of step {self.step} is {loss} and its gradient norm {norm}: training cannot go on. Lower "
+                f"train.learning_rate (now {self.options.learning_rate:g}), check the data for empty examples, or set "
+                "train.max_grad_norm."
             )
         self.step, self.last_loss = self.step + 1, loss
         self.seconds.append(seconds)
