@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from dsfreeze import checkpoint as checkpoints
-from dsfreeze.data import Loader, Step
+from dsfreeze.data import Loader, Step, check_packing
 from dsfreeze.engine import Engine
 from dsfreeze.engine.process import agree, build_engine, process_group
 from dsfreeze.environment import describe_environment
@@ -82,6 +82,8 @@ class Run:
         engine = build_engine(self.job.module, self.job.anatomy, self.job.recipe, self.job.plan)
         try:
             engine.enter(self.job.plan.phase_at(resumed.step if resumed else 0))
+            if self.job.recipe.data.packing:
+                check_packing(engine.no_grad_forward, self.job.module.config.vocab_size)
             if resumed:
                 self._resume(engine, resumed)
             with Interrupt() as interrupt:

@@ -19,6 +19,7 @@ from dsfreeze import checkpoint as checkpoints
 from dsfreeze.errors import UserError
 from dsfreeze.job import prepare_job
 from dsfreeze.loop import Run, train
+from dsfreeze.recipe import Recipe
 from dsfreeze.record import read_record
 from dsfreeze.schedule import learning_rate_schedule
 
@@ -162,3 +163,29 @@ def test_summary_prices_the_plan(tmp_path):
     assert summary["memory"]["optimizer_state"] == 2 * 4 * summary["trainable"]
     assert 0 < summary["flops_vs_full"] < 1
     assert summary["never_moved"] == []
+
+
+def test_packed_training_runs_and_a_model_that_leaks_between_examples_is_refused(tmp_path, monkeypatch):
+    """Oracle: `check_packing` on the live engine; a model whose cache would leak (transformers ignores the resets) is refused."""
+    tiny_recipe(tmp_path)
+    rows = [json.dumps({"prompt": f"say {i}", "completion": f"{i} it is"}) for i in range(24)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(rows))
+    raw = {
+        "model": str(tmp_path / "model"), "task": "sft", "zero": "local",
+        "data": {"train": str(tmp_path / "chat.jsonl"), "eval": None, "packing": True, "max_length": 128},
+        "freeze": {"strategy": "bottom", "fraction": 0.5},
+        "train": {"max_steps": 3, "per_device_train_batch_size": 1, "output_dir": str(tmp_path / "run"), "export": False},
+    }  # fmt: skip
+    train(Recipe.model_validate(raw))
+    assert len(losses(tmp_path / "run")) == 3
+    from dsfreeze.engine.local import LocalEngine
+
+    real = LocalEngine.no_grad_forward
+
+    def without_resets(engine, batch):
+        return real(engine, {key: value for key, value in batch.items() if key != "position_ids"})
+
+    monkeypatch.setattr(LocalEngine, "no_grad_forward", without_resets)
+    raw["train"]["output_dir"] = str(tmp_path / "leaks")
+    with pytest.raises(UserError, match="see each other"):
+        train(Recipe.model_validate(raw))
