@@ -190,7 +190,7 @@ def test_auto_off_and_absent_all_leave_it_to_the_recipe(resolve):
     zero = config["zero_optimization"]
     assert zero["reduce_bucket_size"] == 500_000_000
     assert isinstance(zero["reduce_bucket_size"], int)
-    assert zero["allgather_bucket_size"] == 7
+    assert zero["allgather_bucket_size"] == 8  # even: DeepSpeed asserts it
     assert zero["sub_group_size"] == 1_000_000_000
     assert "offload_optimizer" not in zero
     assert zero["offload_param"] == {"device": "cpu"}
