@@ -28,10 +28,10 @@ def draw_plans(axis: plt.Axes, colours: list) -> None:
             colour = colours[0] if layer not in frozen else colours[2] if layer < lowest else colours[1]
             axis.add_patch(plt.Rectangle((column + 0.12, layer + 0.08), 0.76, 0.84, color=colour, linewidth=0))
     axis.set(xlim=(0, len(NAMES)), ylim=(0, LAYERS), ylabel="layer, input at the bottom", title="What trains")
-    axis.set_xticks([c + 0.5 for c in range(len(NAMES))], [n.replace(" frozen", "\nfrozen") for n in NAMES.values()])
+    axis.set_xticks([c + 0.5 for c in range(len(NAMES))], [n.replace(" frozen", "").replace(" ", "\n", 1) for n in NAMES.values()])
     labels = ("trains", "frozen, gradient passes through", "frozen prefix: no backward at all")
     handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (colours[0], colours[1], colours[2])]
-    axis.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False, fontsize=8)
+    axis.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, fontsize=8)
     sns.despine(ax=axis, left=True, bottom=True)
 
 
@@ -57,7 +57,7 @@ def draw_bytes(axis: plt.Axes, colours: list) -> None:
         axis.barh(row, size, color=colours[0], height=0.55)
         axis.text(size, row, f" {size:.0f} MiB", va="center")
     axis.set_yticks(range(len(names)), [NAMES[n] for n in names])
-    axis.set(xlabel="masters and moments, MiB (counted, bf16 ZeRO-2)", title="Optimizer state")
+    axis.set(xlabel="masters and moments, MiB (bf16, ZeRO-2)", title="Optimizer state")
     axis.margins(x=0.18)
     sns.despine(ax=axis)
 
