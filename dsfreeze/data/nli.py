@@ -186,23 +186,17 @@ def _negation(rng: random.Random) -> list[Pair]:
 def _quantifiers(rng: random.Random) -> list[Pair]:
     """Every farmer / several farmers / not one farmer is waving a flag; or doing something else."""
     person, activities = rng.choice(PEOPLE), _two(rng, ACTIVITIES)
-    premises = {
-        "all": ("every {} is", "all of the {}s are", "each {} is"),
-        "some": ("several {}s are", "a few {}s are", "two or three {}s are"),
-        "none": ("not one {} is", "none of the {}s are", "no {} is"),
-    }
-    hypotheses = {"all": "all the {}s are", "some": "some {}s are", "none": "no {}s are"}
-    # each wording in its turn, for the table repeats pairs of forms; the first one drawn, so that none belongs to a label
-    turns = {form: rng.randrange(3) for form in (*premises, "all'", "some'", "none'")}
+    premises = {"all": ("every {}", "is"), "some": ("several {}s", "are"), "none": ("not one {}", "is")}
+    hypotheses = {"all": "all the {}s", "some": "some {}s", "none": "no {}s"}
 
     def premise(form: str) -> str:
         quantifier, other = _split(form)
-        turns[form] += 1
-        return _sentence(f"{premises[quantifier][turns[form] % 3].format(person)} {activities[other]}")
+        who, verb = premises[quantifier]
+        return _sentence(f"{who.format(person)} {verb} {activities[other]}")
 
     def hypothesis(form: str) -> str:
         quantifier, other = _split(form)
-        return _sentence(f"{hypotheses[quantifier].format(person)} {activities[other]}")
+        return _sentence(f"{hypotheses[quantifier].format(person)} are {activities[other]}")
 
     return _read(_both_ways(QUANTIFIERS), premise, hypothesis)
 
