@@ -28,7 +28,7 @@ from dsfreeze.progress import StepBar
 from dsfreeze.recipe import Recipe
 from dsfreeze.zero_config import deepspeed_config
 
-ROUNDS, STEPS, WARMUP = 15, 4, 3
+ROUNDS, STEPS, WARMUP = 7, 4, 1
 
 
 def prepare_folder(folder: Path) -> None:
