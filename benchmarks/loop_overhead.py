@@ -59,7 +59,9 @@ def bare_engine(recipe: Recipe) -> deepspeed.DeepSpeedEngine:
     for name, parameter in job.module.named_parameters():
         parameter.requires_grad_(name in trainable)
     job.module.train()
-    optimizer = torch.optim.AdamW([p for p in job.module.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in job.module.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0, fused=True
+    )
     engine, *_ = deepspeed.initialize(model=job.module, optimizer=optimizer, config=deepspeed_config(recipe, 1))
     return engine
 

@@ -28,7 +28,9 @@ def draw_plans(axis: plt.Axes, colours: list) -> None:
             colour = colours[0] if layer not in frozen else colours[2] if layer < lowest else colours[1]
             axis.add_patch(plt.Rectangle((column + 0.12, layer + 0.08), 0.76, 0.84, color=colour, linewidth=0))
     axis.set(xlim=(0, len(NAMES)), ylim=(0, LAYERS), ylabel="layer, input at the bottom", title="What trains")
-    axis.set_xticks([c + 0.5 for c in range(len(NAMES))], [n.replace(" frozen", "").replace(" ", "\n", 1) for n in NAMES.values()])
+    axis.set_xticks(
+        [c + 0.5 for c in range(len(NAMES))], [n.replace(" frozen", "").replace(" ", "\n", 1) for n in NAMES.values()]
+    )
     labels = ("trains", "frozen, gradient passes through", "frozen prefix: no backward at all")
     handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (colours[0], colours[1], colours[2])]
     axis.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, fontsize=8)
