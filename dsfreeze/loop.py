@@ -12,6 +12,7 @@ import hashlib
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -181,23 +182,30 @@ class Run:
         self.console.print(f"resumed from {found.folder}", highlight=False)
 
     def _save(self, engine: Engine) -> str:
-        """Write checkpoint-`step`; a failure on rank 0 is an error on every rank."""
+        """Write checkpoint-`step`; returns the folder."""
         state = engine.export_state()
-        problem, folder = "", self.output_dir / f"checkpoint-{self.step}"
-        if self.leader:
+        folder = self.output_dir / f"checkpoint-{self.step}"
+
+        def write() -> None:
             trainer_state = {"loader": self.loader.state_dict(), "metrics": self.metrics}
+            keep = self.options.save_total_limit
+            checkpoints.save(self.output_dir, self.step, state, self.job.plan, self.job.base, trainer_state, keep=keep)
+
+        self._on_leader(engine, write)
+        self._event("checkpoint", step=self.step, folder=folder.name)
+        return str(folder)
+
+    def _on_leader(self, engine: Engine, write: Callable[[], object]) -> None:
+        """Let rank 0 write; its failure is an error on every rank, for none may wait for a rank that has gone."""
+        problem = ""
+        if self.leader:
             try:
-                keep = self.options.save_total_limit
-                checkpoints.save(
-                    self.output_dir, self.step, state, self.job.plan, self.job.base, trainer_state, keep=keep
-                )
+                write()
             except UserError as error:
                 problem = str(error)
         problem = engine.gather(problem)[0]
         if problem:
             raise UserError(problem)
-        self._event("checkpoint", step=self.step, folder=folder.name)
-        return str(folder)
 
     # -- the record (rank 0) -----------------------------------------------------------------------------------
 
@@ -221,22 +229,30 @@ class Run:
             self.record.event(kind, **fields)
 
     def _finish(self, engine: Engine, memory: Any, moved: Any) -> dict[str, Any]:
-        """Export the model and write the summary, which every rank returns."""
+        """Export the model, if it is wanted, and write the summary, which every rank returns."""
         if moved.frozen_changed:
             raise AssertionError(f"frozen tensors changed: {moved.frozen_changed[:3]}")
-        weights = engine.export_weights(t.name for t in self.job.anatomy.tensors)
         summary = self._summary(engine, memory, moved)
+        summary["model"] = self._export(engine) if self.options.export else None
         if self.leader:
-            job, folder = self.job, self.output_dir / "model"
-            export_model(
-                folder, job.module, job.tokenizer, weights=weights, plan=job.plan, recipe=job.recipe,
-                metrics=self.metrics.get("after", {}),
-            )  # fmt: skip
-            summary |= {"model": str(folder), "record": str(self.output_dir)}
             self.record.summary(summary)
             for tracker in self.trackers:
                 tracker.finish()
         return engine.gather(summary)[0]
+
+    def _export(self, engine: Engine) -> str:
+        """Write the trained model to output_dir/model; returns the folder."""
+        job, folder = self.job, self.output_dir / "model"
+        weights = engine.export_weights(t.name for t in job.anatomy.tensors)
+        metrics = self.metrics.get("after", {})
+
+        def write() -> None:
+            export_model(
+                folder, job.module, job.tokenizer, weights=weights, plan=job.plan, recipe=job.recipe, metrics=metrics
+            )
+
+        self._on_leader(engine, write)
+        return str(folder)
 
     def _summary(self, engine: Engine, memory: Any, moved: Any) -> dict[str, Any]:
         cost = estimate(self.job.anatomy, self.job.plan, world_size=engine.world_size)
@@ -247,5 +263,5 @@ class Run:
             "trainable": cost.trainable, "total": cost.total,
             "flops_vs_full": cost.flops_per_token / cost.full_flops_per_token,
             "seconds_per_step": statistics.median(steady), "memory": asdict(memory),
-            "never_moved": list(moved.never_moved),
+            "never_moved": list(moved.never_moved), "record": str(self.output_dir),
         }  # fmt: skip

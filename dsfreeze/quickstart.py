@@ -24,7 +24,7 @@ from dsfreeze.tables import comparison_table
 RECIPE = (
     "model=smollm2-135m", "task=classification", "data.train=builtin:nli", "data.eval=builtin:nli",
     "freeze.strategy=bottom", "freeze.fraction=0.75", "zero=zero2",
-    "train.max_steps=130", "train.per_device_train_batch_size=16", "train.learning_rate=3.0e-4", "train.warmup_ratio=0.1",
+    "train.max_steps=130", "train.per_device_train_batch_size=16", "train.learning_rate=5.0e-4", "train.warmup_ratio=0.1",
     "train.save_strategy=no", "train.per_device_eval_batch_size=32", "data.max_eval_examples=400",
 )  # fmt: skip
 FULL_STEPS = 4

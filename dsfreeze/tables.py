@@ -45,7 +45,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         rows.append((when, "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())))
     if summary["never_moved"]:
         rows.append(("never moved", ", ".join(summary["never_moved"][:3])))
-    rows += [(key, summary[key]) for key in ("record", "model") if key in summary]
+    rows += [(key, summary[key]) for key in ("record", "model") if summary[key]]
     for row in rows:
         table.add_row(*row)
     return table

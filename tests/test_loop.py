@@ -74,6 +74,12 @@ def test_the_record_and_the_exported_model_are_whole(tmp_path):
     assert summary["trainable"] == sum(p.numel() for n, p in before.items() if n in trained)
 
 
+def test_no_model_is_written_when_none_is_wanted(tmp_path):
+    summary = train(tiny_recipe(tmp_path, train={"export": False}))
+    assert summary["model"] is None and not (tmp_path / "run" / "model").exists()
+    assert Path(summary["record"]) == tmp_path / "run"
+
+
 @pytest.mark.parametrize("adapter", [None, {"kind": "lora", "r": 2}])
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, adapter):
     """Oracle: the uninterrupted run's losses and weights, to the last bit; the data are resumed inside an epoch."""

@@ -96,19 +96,23 @@ def test_ranks_with_different_recipes_are_an_error_on_every_rank(tmp_path):
 
 
 def fill_the_disk(raw: dict) -> dict:
+    from transformers import PreTrainedModel
+
     from dsfreeze import checkpoint
 
-    def full(*_args):
+    def full(*_args, **_options):
         raise OSError(28, "No space left on device")
 
-    checkpoint.save_file = full
+    checkpoint.save_file = PreTrainedModel.save_pretrained = full
     return train(raw)
 
 
-def test_a_full_disk_on_rank_0_is_an_error_on_every_rank(tmp_path):
-    raw = values(tiny_recipe(tmp_path, train={"save_strategy": "steps"}), "zero2", tmp_path / "run", ranks=2)
+@pytest.mark.parametrize("save_strategy", ["steps", "no"], ids=["checkpoint", "export"])
+def test_a_full_disk_on_rank_0_is_an_error_on_every_rank(tmp_path, save_strategy):
+    raw = values(tiny_recipe(tmp_path, train={"save_strategy": save_strategy}), "zero2", tmp_path / "run", ranks=2)
     found = outcomes_of(fill_the_disk, raw, timeout=60)
     assert [(o.kind, o.error) for o in found] == [("error", "UserError")] * 2
+    assert all("No space left" in o.text for o in found)
 
 
 def rte(model: str, folder: Path) -> Recipe:
