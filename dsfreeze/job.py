@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -28,6 +29,10 @@ class Job:
     anatomy: Anatomy
     plan: FreezePlan
     base: Base
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.recipe.train.output_dir)
 
 
 def load_task(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, TaskData, nn.Module]:

@@ -2,8 +2,8 @@
 
     for phase in plan.phases: engine.enter(phase); steps ...
 
-Every rank runs this; rank 0 alone writes and prints. What the ranks must agree on (recipe, plan, a signal, a full disk) is
-compared before anybody acts on it, so that a mistake is an error on every rank and never a hang.
+Every rank runs this; rank 0 alone writes and prints. What the ranks must agree on (recipe, plan, checkpoint, a signal, a
+full disk) is compared before anybody acts on it, so that a mistake is an error on every rank and never a hang.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,22 +19,26 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dsfreeze import checkpoint as checkpoints
+from dsfreeze.checkpoint import Checkpoint
 from dsfreeze.data import Loader, Step, check_packing
-from dsfreeze.engine import Engine
-from dsfreeze.engine.process import agree, build_engine, process_group
+from dsfreeze.engine import Engine, Memory
+from dsfreeze.engine.process import agree, build_engine, process_group, together
+from dsfreeze.engine.ranks import Ranks
 from dsfreeze.environment import describe_environment
 from dsfreeze.errors import UserError
 from dsfreeze.estimate import estimate
 from dsfreeze.evaluation import evaluate
-from dsfreeze.export import export_model
 from dsfreeze.interrupt import Interrupt, Interrupted
 from dsfreeze.job import Job, prepare_job
+from dsfreeze.journal import Journal
 from dsfreeze.progress import StepBar
 from dsfreeze.recipe import Recipe
-from dsfreeze.record import Record, require_free
+from dsfreeze.saving import find_start, save_checkpoint, save_model
 from dsfreeze.schedule import learning_rate_schedule
-from dsfreeze.trackers import require_trackers, start_trackers
+from dsfreeze.trackers import require_trackers
+
+#: After so many steps it is asked whether every trainable tensor moves, so that a mistake is not found out at the end.
+FIRST_LOOK = 10
 
 
 def train(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
@@ -46,8 +49,8 @@ def train(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     console = console or Console(stderr=True)
     with process_group(recipe) as ranks:
         agree(hashlib.sha256(recipe.model_dump_json().encode()).hexdigest(), "the recipe")
-        require_trackers(recipe)
-        job = prepare_job(recipe)
+        together(lambda: require_trackers(recipe))
+        job = together(lambda: prepare_job(recipe))
         agree(job.plan.digest, "the freeze plan")
         run = Run(job, console if ranks.rank == 0 else Console(quiet=True), ranks)
         return run.start()
@@ -56,11 +59,11 @@ def train(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
 class Run:
     """One rank's run of a job."""
 
-    def __init__(self, job: Job, console: Console, ranks: Any) -> None:
+    def __init__(self, job: Job, console: Console, ranks: Ranks) -> None:
         options = job.recipe.train
         self.job, self.options, self.console = job, options, console
-        self.output_dir = Path(options.output_dir)
         self.leader = ranks.rank == 0
+        self.journal = Journal(leader=self.leader)
         self.loader = Loader(
             job.data.train, job.data.collate, job.data.num_items,
             per_device_batch_size=options.per_device_train_batch_size,
@@ -73,13 +76,12 @@ class Run:
         self.step = 0
         self.metrics: dict[str, dict[str, float]] = {}
         self.seconds: list[float] = []
-        self.last_loss = math.nan
+        self.loss = math.nan
 
     # -- the run -----------------------------------------------------------------------------------------------
 
     def start(self) -> dict[str, Any]:
-        resumed = self._find_checkpoint()
-        require_free(self.output_dir, self.job.plan, resume=resumed is not None)
+        resumed = find_start(self.job, self.total, self.loader.global_batch_size)
         engine = build_engine(self.job.module, self.job.anatomy, self.job.recipe, self.job.plan)
         try:
             engine.enter(self.job.plan.phase_at(resumed.step if resumed else 0))
@@ -87,24 +89,38 @@ class Run:
                 check_packing(engine.no_grad_forward, self.job.module.config.vocab_size)
             if resumed:
                 self._resume(engine, resumed)
-            with Interrupt() as interrupt:
-                self._open_record(engine, resuming=resumed is not None)
-                return self._run(engine, interrupt)
+            together(lambda: self._open_journal(engine, resuming=resumed is not None))
+            return self._run(engine)
         finally:
+            self.journal.close()
             engine.close()
 
-    def _run(self, engine: Engine, interrupt: Interrupt) -> dict[str, Any]:
-        if self.step == 0:
-            self._evaluate(engine, "before")
-        engine.memory(reset_peak=True)
-        with StepBar(self.console, self.total, self.step, self.options.logging_steps, shown=self.leader) as bar:
-            steps = iter(self.loader)
-            while self.step < self.total:
-                self._one_step(engine, next(steps), interrupt, bar)
+    def _resume(self, engine: Engine, found: Checkpoint) -> None:
+        engine.load_state(found.state())
+        state = found.trainer_state
+        self.loader.load_state_dict(state["loader"])
+        self.metrics.update(state["metrics"])
+        self.step, self.loss = found.step, state["loss"]
+        self.console.print(f"resumed from {found.folder}", highlight=False)
+
+    def _open_journal(self, engine: Engine, *, resuming: bool) -> None:
+        environment = describe_environment(engine.device, engine.world_size)
+        self.journal.open(self.job.recipe, self.job.plan, environment, engine.config, resume=resuming)
+
+    def _run(self, engine: Engine) -> dict[str, Any]:
+        with Interrupt() as interrupt:
+            if self.step == 0:
+                self._evaluate(engine, "before")
+            engine.memory(reset_peak=True)
+            with StepBar(self.console, self.total, self.step, self.options.logging_steps, shown=self.leader) as bar:
+                steps = iter(self.loader)
+                while self.step < self.total:
+                    self._one_step(engine, next(steps), interrupt, bar)
+        # from here on a signal acts at once: the last step is saved, and resuming does what is left
         memory = engine.memory()
-        moved = engine.movement()
+        still = self._look_for_still(engine)
         self._evaluate(engine, "after")
-        return self._finish(engine, memory, moved)
+        return self._finish(engine, memory, still)
 
     def _one_step(self, engine: Engine, step: Step, interrupt: Interrupt, bar: StepBar) -> None:
         began = time.perf_counter()
@@ -116,7 +132,8 @@ class Run:
             loss += engine.forward_backward(batch, items / step.global_items)
         learning_rate = self.learning_rate(self.step)
         norm = engine.step(learning_rate)
-        loss, tokens, *signals = engine.sum([loss, float(step.tokens), *interrupt.flags()])
+        failed = float(self.journal.failure is not None)
+        loss, tokens, failures, *signals = engine.sum([loss, float(step.tokens), failed, *interrupt.flags()])
         seconds = time.perf_counter() - began
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
@@ -124,7 +141,9 @@ class Run:
                 f"train.learning_rate (now {self.options.learning_rate:g}), check the data for empty examples, or set "
                 "train.max_grad_norm."
             )
-        self.step, self.last_loss = self.step + 1, loss
+        if failures:
+            together(self.journal.raise_failure)
+        self.step, self.loss = self.step + 1, loss
         self.seconds.append(seconds)
         memory = engine.memory()
         line = {
@@ -132,14 +151,16 @@ class Run:
             "seconds": seconds, "tokens": int(tokens), "tokens_per_second": tokens / seconds,
             "memory_allocated": memory.allocated, "memory_peak": memory.peak,
         }  # fmt: skip
-        self._write(line)
+        self.journal.step(line, track=self.step % self.options.logging_steps == 0 or self.step == self.total)
         bar.advance(self.step, loss, tokens / seconds)
         if any(signals):
-            raise Interrupted(interrupt.first(signals), self.step, self._save(engine))
+            raise Interrupted(interrupt.first(signals), self.step, str(self._save(engine)))
         self._between_steps(engine, step.last_of_epoch)
 
     def _between_steps(self, engine: Engine, epoch_ended: bool) -> None:
         o, step = self.options, self.step
+        if step == FIRST_LOOK:
+            self._look_for_still(engine)
         if step == self.total:  # as transformers does, the last step is saved whatever save_steps says
             if o.save_strategy != "no":
                 self._save(engine)
@@ -153,115 +174,53 @@ class Run:
         if self.job.data.eval is None or self.options.eval_strategy == "no":
             return
         self.metrics[when] = evaluate(engine, self.job.data, self.job.recipe)
-        self._event("evaluation", when=when, step=self.step, metrics=self.metrics[when])
+        self.journal.evaluation(when, self.step, self.metrics[when])
         figures = "  ".join(f"{name} {value:.4g}" for name, value in self.metrics[when].items())
         self.console.print(f"[bold]evaluation[/] {when}: {figures}", highlight=False)
 
-    # -- checkpoints -------------------------------------------------------------------------------------------
-
-    def _find_checkpoint(self) -> checkpoints.Checkpoint | None:
-        """The checkpoint to resume from, held against the plan before DeepSpeed sees any of it."""
-        wanted = self.options.resume_from_checkpoint
-        if not wanted:
-            return None
-        found = checkpoints.find_checkpoint(self.output_dir, wanted)
-        checkpoints.require_same(found, self.job.plan, self.job.base)
-        if found.step >= self.total:
-            raise UserError(
-                f"{found.folder} is at step {found.step}, and this run ends at step {self.total}: nothing is left to do. "
-                "Raise train.max_steps or train.num_train_epochs."
-            )
-        return found
-
-    def _resume(self, engine: Engine, found: checkpoints.Checkpoint) -> None:
-        engine.load_state(found.state())
-        state = found.trainer_state
-        self.loader.load_state_dict(state["loader"])
-        self.metrics.update(state["metrics"])
-        self.step = found.step
-        self.console.print(f"resumed from {found.folder}", highlight=False)
-
-    def _save(self, engine: Engine) -> str:
-        """Write checkpoint-`step`; returns the folder."""
-        state = engine.export_state()
-        folder = self.output_dir / f"checkpoint-{self.step}"
-
-        def write() -> None:
-            trainer_state = {"loader": self.loader.state_dict(), "metrics": self.metrics}
-            keep = self.options.save_total_limit
-            checkpoints.save(self.output_dir, self.step, state, self.job.plan, self.job.base, trainer_state, keep=keep)
-
-        self._on_leader(engine, write)
-        self._event("checkpoint", step=self.step, folder=folder.name)
-        return str(folder)
-
-    def _on_leader(self, engine: Engine, write: Callable[[], object]) -> None:
-        """Let rank 0 write; its failure is an error on every rank, for none may wait for a rank that has gone."""
-        problem = ""
-        if self.leader:
-            try:
-                write()
-            except UserError as error:
-                problem = str(error)
-        problem = engine.gather(problem)[0]
-        if problem:
-            raise UserError(problem)
-
-    # -- the record (rank 0) -----------------------------------------------------------------------------------
-
-    def _open_record(self, engine: Engine, *, resuming: bool) -> None:
-        if not self.leader:
-            return
-        environment = describe_environment(engine.device, engine.world_size)
-        self.record = Record.create(self.output_dir, self.job.recipe, self.job.plan, environment, resume=resuming)
-        self.trackers = start_trackers(self.job.recipe)
-
-    def _write(self, line: dict[str, Any]) -> None:
-        if not self.leader:
-            return
-        self.record.step(line)
-        if self.step % self.options.logging_steps == 0 or self.step == self.total:
-            for tracker in self.trackers:
-                tracker.log(self.step, {k: v for k, v in line.items() if k != "step"})
-
-    def _event(self, kind: str, **fields: Any) -> None:
-        if self.leader:
-            self.record.event(kind, **fields)
-
-    def _finish(self, engine: Engine, memory: Any, moved: Any) -> dict[str, Any]:
-        """Export the model, if it is wanted, and write the summary, which every rank returns."""
+    def _look_for_still(self, engine: Engine) -> tuple[str, ...]:
+        """Trainable tensors that stand still, which a warning names; a frozen one that moved is a bug of ours."""
+        moved = engine.movement()
         if moved.frozen_changed:
             raise AssertionError(f"frozen tensors changed: {moved.frozen_changed[:3]}")
-        summary = self._summary(engine, memory, moved)
-        summary["model"] = self._export(engine) if self.options.export else None
-        if self.leader:
-            self.record.summary(summary)
-            for tracker in self.trackers:
-                tracker.finish()
+        still = moved.never_moved if self.seconds else ()
+        if still:
+            self.journal.event("never_moved", step=self.step, tensors=list(still))
+            self.console.print(
+                f"[yellow]warning[/] {len(still)} trainable tensors have not moved by step {self.step}: "
+                f"{', '.join(still[:3])}{' ...' if len(still) > 3 else ''}. The model's forward pass does not use them, "
+                "or no gradient reaches them; freeze them, or mend the model.",
+                highlight=False,
+            )
+        return still
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    def _save(self, engine: Engine) -> Path:
+        state = {
+            "loader": self.loader.state_dict(), "global_batch_size": self.loader.global_batch_size,
+            "metrics": self.metrics, "loss": self.loss,
+        }  # fmt: skip
+        folder = save_checkpoint(engine, self.job, self.step, state)
+        self.journal.event("checkpoint", step=self.step, folder=folder.name)
+        return folder
+
+    def _finish(self, engine: Engine, memory: Memory, still: tuple[str, ...]) -> dict[str, Any]:
+        """Export the model, if it is wanted, and write the summary, which every rank returns."""
+        summary = self._summary(engine, memory, still)
+        if self.options.export:
+            summary["model"] = str(save_model(engine, self.job, self.metrics.get("after", {})))
+        together(lambda: self.journal.summary(summary))
         return engine.gather(summary)[0]
 
-    def _export(self, engine: Engine) -> str:
-        """Write the trained model to output_dir/model; returns the folder."""
-        job, folder = self.job, self.output_dir / "model"
-        weights = engine.export_weights(t.name for t in job.anatomy.tensors)
-        metrics = self.metrics.get("after", {})
-
-        def write() -> None:
-            export_model(
-                folder, job.module, job.tokenizer, weights=weights, plan=job.plan, recipe=job.recipe, metrics=metrics
-            )
-
-        self._on_leader(engine, write)
-        return str(folder)
-
-    def _summary(self, engine: Engine, memory: Any, moved: Any) -> dict[str, Any]:
-        cost = estimate(self.job.anatomy, self.job.plan, world_size=engine.world_size)
-        steady = self.seconds[2:] or self.seconds
+    def _summary(self, engine: Engine, memory: Memory, still: tuple[str, ...]) -> dict[str, Any]:
+        job, steady = self.job, self.seconds[2:] or self.seconds
+        cost = estimate(job.anatomy, job.plan, world_size=engine.world_size, sequence_length=job.recipe.data.max_length)
         return {
-            "steps": self.step, "loss": self.last_loss, "metrics": self.metrics,
-            "strategy": self.job.plan.strategy, "plan_digest": self.job.plan.digest,
+            "steps": self.step, "loss": self.loss, "metrics": self.metrics,
+            "strategy": job.plan.strategy, "plan_digest": job.plan.digest,
             "trainable": cost.trainable, "total": cost.total,
             "flops_vs_full": cost.flops_per_token / cost.full_flops_per_token,
-            "seconds_per_step": statistics.median(steady), "memory": asdict(memory),
-            "never_moved": list(moved.never_moved), "record": str(self.output_dir),
+            "seconds_per_step": statistics.median(steady) if steady else None, "memory": asdict(memory),
+            "never_moved": list(still), "record": str(job.output_dir), "model": None,
         }  # fmt: skip

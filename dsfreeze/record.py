@@ -3,6 +3,7 @@
     runs/<name>/
       recipe.yaml        the resolved recipe, every key
       plan.json          the freeze plan
+      deepspeed.json     the DeepSpeed configuration as it was used; absent with zero: local
       environment.json   format version, versions, platform, device of the run's start
       steps.jsonl        a line per step, written as it ends
       events.jsonl       evaluations, checkpoints, resumptions
@@ -28,7 +29,7 @@ from dsfreeze.recipe import Recipe
 from dsfreeze.recipe_yaml import dump_yaml, parse_yaml, read_file
 
 FORMAT_VERSION = 1
-RECIPE, PLAN, ENVIRONMENT = "recipe.yaml", "plan.json", "environment.json"
+RECIPE, PLAN, DEEPSPEED, ENVIRONMENT = "recipe.yaml", "plan.json", "deepspeed.json", "environment.json"
 STEPS, EVENTS, SUMMARY = "steps.jsonl", "events.jsonl", "summary.json"
 
 
@@ -59,6 +60,7 @@ class Record:
         plan: FreezePlan,
         environment: Mapping[str, Any],
         *,
+        deepspeed_config: Mapping[str, Any] | None = None,
         resume: bool = False,
     ) -> Record:
         """Start a record in `folder`, or with `resume` go on with the one that is there (there may be none).
@@ -71,6 +73,8 @@ class Record:
         record._make_folder()
         record._write(RECIPE, dump_yaml(recipe.model_dump(mode="json")))
         record._write(PLAN, plan.to_json())
+        if deepspeed_config is not None:
+            record._write(DEEPSPEED, _dump(deepspeed_config, indent=1))
         if going_on:
             record._mend(STEPS)
             record._mend(EVENTS)

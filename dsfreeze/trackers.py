@@ -23,7 +23,7 @@ class Tracker(Protocol):
         """Begin a run: its name, the folder it may write to, and the resolved recipe."""
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Numbers of one step; what is no number is passed over."""
+        """Numbers of one step under their full names (train/loss); what is no number is passed over."""
 
     def finish(self) -> None:
         """Write what is left and close."""
@@ -39,7 +39,7 @@ class TensorBoard:
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         for key, value in numbers(values).items():
-            self.writer.add_scalar(f"train/{key}", value, step)
+            self.writer.add_scalar(key, value, step)
 
     def finish(self) -> None:
         self.writer.close()
@@ -60,7 +60,7 @@ class WeightsAndBiases:
             ) from None
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        self.run.log({f"train/{key}": value for key, value in numbers(values).items()}, step=step)
+        self.run.log(numbers(values), step=step)
 
     def finish(self) -> None:
         self.run.finish()
@@ -103,4 +103,4 @@ def _import(module: str, name: str) -> Any:
 
 
 def _missing(name: str) -> str:
-    return f"train.report_to names {name}, which is not installed: pip install 'dsfreeze[{name}]', or remove it there."
+    return f"train.report_to names {name}, which is not installed: pip install {name}, or remove it there."

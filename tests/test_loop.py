@@ -76,7 +76,8 @@ def test_the_record_and_the_exported_model_are_whole(tmp_path):
 
 def test_no_model_is_written_when_none_is_wanted(tmp_path):
     summary = train(tiny_recipe(tmp_path, train={"export": False}))
-    assert summary["model"] is None and not (tmp_path / "run" / "model").exists()
+    assert summary["model"] is None
+    assert not (tmp_path / "run" / "model").exists()
     assert Path(summary["record"]) == tmp_path / "run"
 
 

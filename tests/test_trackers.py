@@ -29,8 +29,8 @@ def test_tensorboard_reads_back(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (tracker,) = start_trackers(recipe(tmp_path, "train.report_to=tensorboard"))
-    tracker.log(1, {"loss": 2.5, "note": "text", "whole": True})
-    tracker.log(2, {"loss": 1.5, "tokens": 7})
+    tracker.log(1, {"train/loss": 2.5, "note": "text", "whole": True})
+    tracker.log(2, {"train/loss": 1.5, "train/tokens": 7})
     tracker.finish()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -68,7 +68,7 @@ def wandb(monkeypatch) -> FakeWandb:
 def test_wandb_is_told_the_recipe_the_numbers_and_the_end(tmp_path, wandb):
     asked = recipe(tmp_path / "one", "train.report_to=[wandb]")
     (tracker,) = start_trackers(asked)
-    tracker.log(3, {"loss": 0.5, "kind": "text"})
+    tracker.log(3, {"train/loss": 0.5, "kind": "text"})
     tracker.finish()
     (_, options), *rest = wandb.told
     assert options == {
@@ -97,5 +97,5 @@ def test_a_wandb_that_will_not_start_is_the_users_to_mend(tmp_path, wandb):
 def test_a_missing_package_names_the_extra(name, tmp_path, monkeypatch):
     """Before anything starts, so that no run is half begun."""
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda module: None)
-    with pytest.raises(UserError, match=rf"{name}, which is not installed: pip install 'dsfreeze\[{name}\]'"):
+    with pytest.raises(UserError, match=rf"{name}, which is not installed: pip install {name}"):
         start_trackers(recipe(tmp_path, f"train.report_to=[{name}]"))

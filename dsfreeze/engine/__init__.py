@@ -51,6 +51,8 @@ class Engine(Protocol):
     world_size: int
     device: torch.device
     module: nn.Module
+    config: Mapping[str, Any] | None
+    """The DeepSpeed configuration; None without DeepSpeed."""
 
     def enter(self, phase: Phase) -> None:
         """Make exactly the phase's tensors trainable (collective: digests of the set are compared first)."""

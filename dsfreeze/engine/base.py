@@ -32,13 +32,24 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class BaseEngine(ABC):
     """See `dsfreeze.engine.Engine` for the contract. `groups` are the optimizer's, one layer and decay setting each."""
 
-    def __init__(self, module: nn.Module, anatomy: Anatomy, recipe: Recipe, device: torch.device) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        anatomy: Anatomy,
+        recipe: Recipe,
+        device: torch.device,
+        *,
+        weights_on: torch.device | None = None,
+    ) -> None:
+        """`weights_on`: where the parameters wait until `_build` has placed them; the device, unless it is said."""
         self.module, self.anatomy, self.recipe, self.device = module, anatomy, recipe, device
         self.dtype = torch.bfloat16 if recipe.train.bf16 else torch.float32
         for parameter in module.parameters():
-            parameter.data = parameter.data.to(device, self.dtype)
+            parameter.data = parameter.data.to(weights_on or device, self.dtype)
             parameter.requires_grad_(False)
-        module.to(device).eval()
+        for buffer in module.buffers():
+            buffer.data = buffer.data.to(device)
+        module.eval()
         self._forward_options = {"use_cache": False} if _takes(module, "use_cache") else {}
         self._named = by_name(module)
         self._parameters = list(module.named_parameters())
@@ -247,6 +258,7 @@ class BaseEngine(ABC):
 
     rank: int
     world_size: int
+    config: Mapping[str, Any] | None
     optimizer: torch.optim.Optimizer
 
     @abstractmethod

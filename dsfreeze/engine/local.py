@@ -24,7 +24,7 @@ from dsfreeze.recipe import Recipe
 class LocalEngine(BaseEngine):
     """One process, one device, no distributed code."""
 
-    rank, world_size = 0, 1
+    rank, world_size, config = 0, 1, None
 
     def __init__(self, module: nn.Module, anatomy: Anatomy, recipe: Recipe) -> None:
         super().__init__(module, anatomy, recipe, device_of(0))

@@ -11,10 +11,10 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,8 @@ from dsfreeze.errors import UserError
 from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import Recipe
 from dsfreeze.zero_config import deepspeed_config, is_local
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -121,18 +123,44 @@ def warn_of_locks() -> list[Path]:
 
 def agree(value: str, what: str) -> None:
     """UserError on every rank unless all ranks gave the same value (collective; nothing to do alone)."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    values: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = _everyones(value)
     if len(set(values)) > 1:
-        # everyone must have heard before the first one leaves and closes its connections
-        dist.barrier()
         odd = next(rank for rank, v in enumerate(values) if v != values[0])
         raise UserError(
             f"The ranks disagree about {what}: rank 0 has {values[0][:12]}, rank {odd} has {values[odd][:12]}. "
             "Give every rank the same recipe, files and seeds."
         )
+
+
+def together(action: Callable[[], T]) -> T:
+    """What `action` returns here, once it has ended well on every rank (collective).
+
+    Its failure on any rank is an error on all of them, for none may wait for a rank that has gone: its own exception
+    where it failed, elsewhere a UserError that names the rank. The action itself must not be collective.
+    """
+    failed: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:  # noqa: BLE001 (raised again below, when everyone knows)
+        failed = error
+    problems = _everyones("" if failed is None else str(failed) or type(failed).__name__)
+    if failed is not None:
+        raise failed
+    rank, problem = next(((r, p) for r, p in enumerate(problems) if p), (0, ""))
+    if problem:
+        raise UserError(f"On rank {rank}: {problem}")
+    return result
+
+
+def _everyones(value: str) -> list[str]:
+    """The ranks' values in rank order; returns when everyone has heard, so that one may leave."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    if any(v != values[0] for v in values):
+        dist.barrier()
+    return values
 
 
 def build_engine(module: nn.Module, anatomy: Anatomy, recipe: Recipe, plan: FreezePlan) -> Engine:

@@ -39,9 +39,10 @@ class ZeroEngine(BaseEngine):
 
     def __init__(self, module: nn.Module, anatomy: Anatomy, recipe: Recipe, config: dict[str, Any]) -> None:
         ranks = read_ranks()
-        super().__init__(module, anatomy, recipe, ranks.device)
         self.rank, self.world_size, self.config = ranks.rank, ranks.world_size, config
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
+        waiting = torch.device("cpu") if self.stage == 3 else ranks.device
+        super().__init__(module, anatomy, recipe, ranks.device, weights_on=waiting)
         self.accumulation = recipe.train.gradient_accumulation_steps
         self._micro_steps = 0
         self.engine: Any = None
@@ -51,7 +52,10 @@ class ZeroEngine(BaseEngine):
     def _build(self) -> list[Flat]:
         self._refuse_full_gradients()
         self.optimizer = make_adamw(self.groups, self._named, self.recipe.train)
-        self.engine, *_ = import_deepspeed().initialize(
+        deepspeed = import_deepspeed()
+        if self.stage == 3:  # cut up parameter by parameter, straight from the host: no device ever holds the whole
+            deepspeed.zero.Init(module=self.module, config_dict_or_path=self.config)
+        self.engine, *_ = deepspeed.initialize(
             model=self.module, optimizer=self.optimizer, config=self.config, dist_init_required=False
         )
         if self.stage == 0:

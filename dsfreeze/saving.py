@@ -1,0 +1,85 @@
+"""What a run finds in its folder and leaves there: checkpoints and the exported model. Every rank calls, rank 0 writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsfreeze import checkpoint as checkpoints
+from dsfreeze.checkpoint import Checkpoint
+from dsfreeze.engine import Engine
+from dsfreeze.engine.process import agree, together
+from dsfreeze.errors import UserError
+from dsfreeze.export import export_model
+from dsfreeze.job import Job
+from dsfreeze.record import SUMMARY, require_free
+
+
+def find_start(job: Job, total_steps: int, global_batch_size: int) -> Checkpoint | None:
+    """The checkpoint to resume from, if any, once everything that this run will write has a place (collective).
+
+    UserError, before DeepSpeed sees any of it, when it is of another plan, model or batch, or has nothing left to do;
+    when the ranks see different ones; and when the folder holds what is not ours.
+    """
+    found = together(lambda: _find_checkpoint(job, total_steps, global_batch_size))
+    together(lambda: require_free(job.output_dir, job.plan, resume=found is not None))
+    manifest = json.dumps(found.manifest, sort_keys=True) if found else ""
+    agree(hashlib.sha256(manifest.encode()).hexdigest(), "the checkpoint to resume from")
+    return found
+
+
+def _find_checkpoint(job: Job, total_steps: int, global_batch_size: int) -> Checkpoint | None:
+    wanted = job.recipe.train.resume_from_checkpoint
+    if not wanted:
+        return None
+    found = checkpoints.find_checkpoint(job.output_dir, wanted)
+    checkpoints.require_same(found, job.plan, job.base)
+    _require_same_batch(job, found.trainer_state["global_batch_size"], global_batch_size)
+    # a run that was stopped after its last step has its evaluation and its export still to do
+    if found.step > total_steps or (found.step == total_steps and (job.output_dir / SUMMARY).exists()):
+        raise UserError(
+            f"{found.folder} is at step {found.step}, and this run ends at step {total_steps}: nothing is left to do. "
+            "Raise train.max_steps or train.num_train_epochs."
+        )
+    return found
+
+
+def _require_same_batch(job: Job, theirs: int, ours: int) -> None:
+    """Where epochs give the length, another batch would change the number of steps and the learning rates' course."""
+    if theirs != ours and job.recipe.train.max_steps <= 0:
+        raise UserError(
+            f"The checkpoint was trained with {theirs} examples a step, and this run has {ours}, so that its epochs have "
+            "another number of steps. Set train.per_device_train_batch_size and train.gradient_accumulation_steps so "
+            f"that, times the ranks, they give {theirs}; or give the run's length as train.max_steps."
+        )
+
+
+def save_checkpoint(engine: Engine, job: Job, step: int, trainer_state: Mapping[str, Any]) -> Path:
+    """Write checkpoint-`step`; returns the folder (collective)."""
+    state = engine.export_state()
+
+    def write() -> None:
+        if engine.rank == 0:
+            keep = job.recipe.train.save_total_limit
+            checkpoints.save(job.output_dir, step, state, job.plan, job.base, trainer_state, keep=keep)
+
+    together(write)
+    return job.output_dir / f"checkpoint-{step}"
+
+
+def save_model(engine: Engine, job: Job, metrics: Mapping[str, float]) -> Path:
+    """Write the trained model to output_dir/model; returns the folder (collective)."""
+    folder = job.output_dir / "model"
+    weights = engine.export_weights(t.name for t in job.anatomy.tensors)
+
+    def write() -> None:
+        if engine.rank == 0:
+            export_model(
+                folder, job.module, job.tokenizer, weights=weights, plan=job.plan, recipe=job.recipe, metrics=metrics
+            )
+
+    together(write)
+    return folder
