@@ -38,7 +38,8 @@ def plain_losses(recipe, steps: int) -> list[float]:
         parameter.requires_grad_(name in trainable)
     job.module.train()
     o = recipe.train
-    optimizer = torch.optim.AdamW(chosen, lr=0.0, eps=o.adam_epsilon, weight_decay=o.weight_decay)
+    betas = (o.adam_beta1, o.adam_beta2)
+    optimizer = torch.optim.AdamW(chosen, lr=0.0, betas=betas, eps=o.adam_epsilon, weight_decay=o.weight_decay)
     rate = learning_rate_schedule(o, steps)
     found = []
     for number, step in zip(range(steps), loader, strict=False):
@@ -56,6 +57,16 @@ def test_losses_are_those_of_plain_pytorch(tmp_path):
     recipe = tiny_recipe(tmp_path, train={"gradient_accumulation_steps": 2, "max_grad_norm": 0.5})
     train(recipe)
     assert losses(tmp_path / "run") == pytest.approx(plain_losses(recipe, 8), abs=1e-6)
+
+
+def test_epochs_and_adams_own_options_are_those_of_plain_pytorch(tmp_path):
+    # 45 examples by 4 are 12 steps an epoch, the last one short
+    recipe = tiny_recipe(
+        tmp_path, train={"max_steps": -1, "num_train_epochs": 1.5, "adam_beta1": 0.5, "adam_beta2": 0.7}
+    )
+    train(recipe)
+    assert losses(tmp_path / "run") == pytest.approx(plain_losses(recipe, 18), abs=1e-6)
+    assert [line["epoch"] for line in read_record(tmp_path / "run").steps] == [0] * 12 + [1] * 6
 
 
 def test_the_record_and_the_exported_model_are_whole(tmp_path):

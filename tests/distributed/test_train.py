@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from forks import outcomes_of, run_ranks
 from tiny_runs import tiny_recipe
 
+from dsfreeze.errors import UserError
 from dsfreeze.recipe import Recipe
 from dsfreeze.record import read_record
 
@@ -49,6 +51,10 @@ def test_every_stage_has_the_losses_of_the_local_engine(tmp_path, freeze):
         summaries = run_ranks(train, values(recipe, zero, tmp_path / zero, ranks=2), timeout=120)
         assert losses(tmp_path / zero) == pytest.approx(expected, abs=1e-5), zero
         assert summaries[0] == summaries[1]
+        # at stage 3 a rank holds no whole tensor, and counts them all the same
+        assert [summaries[0][key] for key in ("trainable", "total")] == [golden[key] for key in ("trainable", "total")]
+        used = json.loads((tmp_path / zero / "deepspeed.json").read_text())
+        assert used["zero_optimization"]["stage"] == int(zero[-1])
         assert summaries[0]["metrics"]["after"] == pytest.approx(golden["metrics"]["after"], abs=1e-5)
         assert (
             summaries[0]["metrics"]["before"] == golden["metrics"]["before"]
@@ -113,6 +119,36 @@ def test_a_full_disk_on_rank_0_is_an_error_on_every_rank(tmp_path, save_strategy
     found = outcomes_of(fill_the_disk, raw, timeout=60)
     assert [(o.kind, o.error) for o in found] == [("error", "UserError")] * 2
     assert all("No space left" in o.text for o in found)
+
+
+def fill_the_disk_while_training(raw: dict) -> dict:
+    from dsfreeze.record import Record
+
+    def full(*_args):
+        raise UserError("Cannot write steps.jsonl: No space left on device.")
+
+    Record.step = full
+    return train(raw)
+
+
+def lose_the_data(raw: dict) -> dict:
+    from dsfreeze import loop
+
+    def missing(_recipe):
+        raise UserError("There is no file train.jsonl.")
+
+    if os.environ["RANK"] == "1":
+        loop.prepare_job = missing
+    return train(raw)
+
+
+@pytest.mark.parametrize("mishap", [fill_the_disk_while_training, lose_the_data])
+def test_what_happens_to_one_rank_is_an_error_on_every_rank(tmp_path, mishap):
+    raw = values(tiny_recipe(tmp_path), "zero2", tmp_path / "run", ranks=2)
+    found = outcomes_of(mishap, raw, timeout=60)
+    assert [(o.kind, o.error) for o in found] == [("error", "UserError")] * 2
+    struck = 0 if mishap is fill_the_disk_while_training else 1
+    assert f"On rank {struck}: " in found[1 - struck].text
 
 
 def rte(model: str, folder: Path) -> Recipe:
