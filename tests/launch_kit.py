@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -30,16 +32,29 @@ def fake_venv(folder: Path, *lines: str, root: Path = ROOT) -> Path:
     return folder
 
 
-def processes_that_name(word: str, seconds: float = 0.0) -> list[list[str]]:
-    """Command lines that hold `word`, once there are none or after `seconds`."""
+def left_of(folder: Path, seconds: float = 0.0) -> list[str]:
+    """Processes whose command line names the folder, once there are none or after `seconds`."""
     deadline = time.monotonic() + seconds
-    while True:
-        lines = [p.info["cmdline"] for p in psutil.process_iter(["cmdline", "status"]) if _alive(p)]
-        found = [line for line in lines if any(word in argument for argument in line)]
-        if not found or time.monotonic() > deadline:
-            return found
+    while (found := _that_name(folder)) and time.monotonic() < deadline:
         time.sleep(0.1)
+    return [" ".join(process.info["cmdline"]) for process in found]
 
 
-def _alive(process: psutil.Process) -> bool:
-    return bool(process.info["cmdline"]) and process.info["status"] != psutil.STATUS_ZOMBIE
+@contextmanager
+def nobody_outlives(folder: Path) -> Iterator[None]:
+    """At the end, also of a test that fails, kill what is `left_of` the folder."""
+    try:
+        yield
+    finally:
+        for process in _that_name(folder):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _that_name(folder: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        alive = process.info["status"] != psutil.STATUS_ZOMBIE
+        if alive and any(str(folder) in word for word in process.info["cmdline"] or ()):
+            found.append(process)
+    return found

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launch_kit import processes_that_name
+from launch_kit import left_of, nobody_outlives
 from tiny_runs import classification_data, llama_folder
 
 from dsfreeze import quickstart
@@ -146,17 +146,19 @@ def test_a_signal_leaves_a_checkpoint(tiny, tmp_path, name):
         env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     signal.signal(signal.SIGINT, before)
-    steps = tmp_path / "runs" / "quickstart" / "steps.jsonl"
-    deadline = time.monotonic() + 60
-    while not (steps.exists() and steps.read_text().count("\n") > 2) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    if name == "INT":
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
-    told = process.communicate(timeout=60)[1]
+    with nobody_outlives(tmp_path):
+        steps = tmp_path / "runs" / "quickstart" / "steps.jsonl"
+        deadline = time.monotonic() + 60
+        while not (steps.exists() and steps.read_text().count("\n") > 2) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if name == "INT":
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        told = process.communicate(timeout=60)[1]
+        left = left_of(tmp_path)
     assert process.returncode == 128 + number, told
     found = find_checkpoint(steps.parent, True)
     assert found.step > 2
     assert found.state()
-    assert processes_that_name(str(tmp_path)) == []
+    assert left == []

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launch_kit import processes_that_name
+from launch_kit import left_of, nobody_outlives
 
 from dsfreeze.supervise import supervise
 
@@ -67,7 +67,8 @@ def start(tmp_path):
         assert process.stdout.readline() == "ready\n"
         return process
 
-    yield started
+    with nobody_outlives(tmp_path):
+        yield started
     signal.signal(signal.SIGINT, before)
 
 
@@ -79,7 +80,7 @@ def test_a_signal_reaches_the_training_once_and_it_ends_in_its_own_time(start, t
     passed_on = signal.Signals[f"SIG{reaches}"]
     assert process.wait(20) == 128 + signal.Signals[f"SIG{number}"]
     assert (tmp_path / "notes").read_text() == f"{passed_on.value}\nsaved\n"
-    assert processes_that_name(str(tmp_path / "notes")) == []
+    assert left_of(tmp_path) == []
 
 
 def test_signals_sent_again_do_not_end_it_earlier(start, tmp_path):
@@ -98,7 +99,7 @@ def test_the_third_signal_leaves_nobody(start, tmp_path):
         time.sleep(0.2)
     assert process.wait(20) == 130
     assert "saved" not in (tmp_path / "notes").read_text()
-    assert processes_that_name(str(tmp_path / "notes")) == []
+    assert left_of(tmp_path) == []
 
 
 def test_where_the_launcher_is_killed_the_training_is_waited_for(start, tmp_path):
@@ -108,7 +109,7 @@ def test_where_the_launcher_is_killed_the_training_is_waited_for(start, tmp_path
     os.killpg(runner.pid, signal.SIGTERM)
     assert process.wait(20) == 143
     assert "saved\n" in (tmp_path / "notes").read_text()
-    assert processes_that_name(str(tmp_path / "notes")) == []
+    assert left_of(tmp_path) == []
 
 
 @pytest.mark.parametrize(

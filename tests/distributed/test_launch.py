@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 from forks import _free_port
-from launch_kit import fake_venv, processes_that_name
+from launch_kit import fake_venv, left_of, nobody_outlives
 from tiny_runs import tiny_recipe
 
 from dsfreeze.checkpoint import find_checkpoint
@@ -113,7 +113,7 @@ def test_launches_of_launch_sh_leave_no_process_and_no_lock(tmp_path):
     for number in range(3):
         done = launch([*command, str(file), f"train.output_dir={tmp_path / str(number)}"], tmp_path, **environment)
         assert done.returncode == 0, done.stderr
-        assert processes_that_name(str(tmp_path), seconds=2) == []
+        assert left_of(tmp_path, seconds=2) == []
         assert list((tmp_path / "extensions").rglob("lock")) == []
 
 
@@ -147,11 +147,12 @@ def test_a_signal_to_launch_sh_ends_it_after_the_checkpoint(tmp_path, stop, code
     )  # fmt: skip
     signal.signal(signal.SIGINT, before)
     steps, deadline = tmp_path / "run" / "steps.jsonl", time.monotonic() + 120
-    while not (steps.exists() and steps.read_text().count("\n") > 2) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    stop(launched)
-    assert launched.wait(90) == code, (tmp_path / "log").read_text()
+    with nobody_outlives(tmp_path):
+        while not (steps.exists() and steps.read_text().count("\n") > 2) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        stop(launched)
+        ended, left = launched.wait(90), left_of(tmp_path)
+    assert (ended, left) == (code, []), (tmp_path / "log").read_text()
     found = find_checkpoint(tmp_path / "run", True)
     assert found.step == len(read_record(tmp_path / "run").steps)
     assert found.state()
-    assert processes_that_name(str(tmp_path)) == []
