@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -30,6 +31,16 @@ def fake_venv(folder: Path, *lines: str, root: Path = ROOT) -> Path:
     for extra in ("models", "dev"):
         (folder / f".installed-{extra}-{'-'.join(check.split())}").touch()
     return folder
+
+
+@contextmanager
+def ctrl_c_obeyed() -> Iterator[None]:
+    """Processes started here do not ignore SIGINT, even where the shell had the tests ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def left_of(folder: Path, seconds: float = 0.0) -> list[str]:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launch_kit import left_of, nobody_outlives
+from launch_kit import ctrl_c_obeyed, left_of, nobody_outlives, write_program
 from tiny_runs import classification_data, llama_folder
 
 from dsfreeze import quickstart
@@ -134,18 +134,38 @@ def test_a_signal_in_the_last_moment_of_a_half_ends_it(tiny, monkeypatch):
     assert len(calls) == 1
 
 
+def test_ctrl_c_gives_a_half_the_time_that_its_checkpoint_takes(tmp_path):
+    """The half is a script that saves for a second. Oracle: it had saved when the quickstart ended."""
+    lines = ["trap 'sleep 1; touch saved; exit 130' INT", "touch started", "while :; do sleep 0.1; done"]
+    script = write_program(tmp_path / "half", *lines)
+    program = (
+        f"import sys; sys.executable = {str(script)!r}; from dsfreeze.cli import run; sys.exit(run(['quickstart']))"
+    )
+    with ctrl_c_obeyed():
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            start_new_session=True,
+        )  # fmt: skip
+    with nobody_outlives(tmp_path):
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(20) == 130
+    assert (tmp_path / "saved").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["INT", "TERM"])
 def test_a_signal_leaves_a_checkpoint(tiny, tmp_path, name):
     """In processes of its own, as users start it. INT goes to the whole group, as from a terminal."""
     number = signal.Signals[f"SIG{name}"]
     words = [*tiny, "train.max_steps=100000", "data.eval=null"]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had us ignore it
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dsfreeze", "quickstart", *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    signal.signal(signal.SIGINT, before)
+    with ctrl_c_obeyed():
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dsfreeze", "quickstart", *words],
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
     with nobody_outlives(tmp_path):
         steps = tmp_path / "runs" / "quickstart" / "steps.jsonl"
         deadline = time.monotonic() + 60

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launch_kit import left_of, nobody_outlives
+from launch_kit import ctrl_c_obeyed, left_of, nobody_outlives
 
 from dsfreeze.supervise import supervise
 
@@ -55,8 +55,6 @@ def start(tmp_path):
     (tmp_path / "stubborn.py").write_text(TRAINING.replace("while not heard", "while True"))
     (launcher / "runner.py").write_text(RUNNER)
     (launcher / "launch.py").write_text(LAUNCH)
-    # a signal that the shell had us ignore would be ignored by the child too
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def started(module: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "dsfreeze.supervise", module, str(tmp_path / "notes")]
@@ -67,9 +65,8 @@ def start(tmp_path):
         assert process.stdout.readline() == "ready\n"
         return process
 
-    with nobody_outlives(tmp_path):
+    with ctrl_c_obeyed(), nobody_outlives(tmp_path):
         yield started
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("module", ["training", "deepspeed.launcher.runner"])

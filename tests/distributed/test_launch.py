@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 from forks import _free_port
-from launch_kit import fake_venv, left_of, nobody_outlives
+from launch_kit import ctrl_c_obeyed, fake_venv, left_of, nobody_outlives
 from tiny_runs import tiny_recipe
 
 from dsfreeze.checkpoint import find_checkpoint
@@ -140,12 +140,11 @@ def test_a_signal_to_launch_sh_ends_it_after_the_checkpoint(tmp_path, stop, code
     """Oracles: the shell's exit code, a checkpoint that is whole at that moment, and the process table."""
     file = recipe_file(tmp_path, max_steps=100_000)
     command, environment = launch_sh(tmp_path)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had us ignore it
-    launched = psutil.Popen(
-        [*command, str(file)], cwd=ROOT, env=surroundings(tmp_path) | environment, stdin=subprocess.DEVNULL,
-        stdout=(tmp_path / "log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-    signal.signal(signal.SIGINT, before)
+    with ctrl_c_obeyed():
+        launched = psutil.Popen(
+            [*command, str(file)], cwd=ROOT, env=surroundings(tmp_path) | environment, stdin=subprocess.DEVNULL,
+            stdout=(tmp_path / "log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
     steps, deadline = tmp_path / "run" / "steps.jsonl", time.monotonic() + 120
     with nobody_outlives(tmp_path):
         while not (steps.exists() and steps.read_text().count("\n") > 2) and time.monotonic() < deadline:
