@@ -70,7 +70,7 @@ def _report(folder: Path, as_json: bool) -> int:
     console = Console()
     console.print(comparison_table(frozen, full))
     exported = f"    exported model: {frozen['model']}" if frozen["model"] else ""
-    console.print(f"record: {folder}{exported}", highlight=False, soft_wrap=True)
+    console.print(f"record: {folder}{exported}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

@@ -76,9 +76,11 @@ def test_json_is_one_object(tiny, here, capsys):
     assert json.loads(capsys.readouterr().out) == {"frozen": frozen, "full": full}
 
 
-def test_the_folder_that_was_asked_for(tiny, here):
-    assert run(["quickstart", *tiny, "train.output_dir=here: it #goes"]) == 0
-    both(Path("here: it #goes"))
+def test_the_folder_that_was_asked_for(tiny, here, capsys):
+    """A name that YAML and rich would each take for something else."""
+    assert run(["quickstart", *tiny, "train.output_dir='[my] runs'"]) == 0
+    both(Path("[my] runs"))
+    assert "record: [my] runs " in capsys.readouterr().out
     assert not Path("runs").exists()
 
 
