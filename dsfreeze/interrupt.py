@@ -7,12 +7,14 @@ from types import FrameType, TracebackType
 
 
 class Interrupt:
-    """Within the block the first signal is remembered, not obeyed; a second one of the kind acts at once."""
+    """Within the block the first signal is remembered, not obeyed, and later ones are dropped: launchers send SIGTERM again
+    while the checkpoint is being written. The third Ctrl-C is a person who will not wait; it acts at once."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.signal = 0
+        self._interrupts = 0
 
     def __enter__(self) -> Interrupt:
         self._before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
@@ -34,7 +36,9 @@ class Interrupt:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number
-        signal.signal(number, self._before[signal.Signals(number)])
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts == 2:
+            signal.signal(signal.SIGINT, self._before[signal.SIGINT])
 
 
 class Interrupted(Exception):

@@ -1,23 +1,26 @@
 """The quickstart: one real fine-tuning with the bottom 75 % frozen, then a few steps of full tuning beside it.
 
 Each half is an ordinary `dsfreeze train` in a process of its own, so that peak memory is its own; this module only starts them
-and reads their records. No torch here.
+and reads their records. Overrides hold for both halves, but the second trains everything whatever they say. No torch here.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
 from rich.console import Console
 
 from dsfreeze.errors import UserError
+from dsfreeze.recipe_reader import load_recipe
 from dsfreeze.record import read_record
+from dsfreeze.supervise import supervise
 from dsfreeze.tables import comparison_table
 
 #: The recipe, as anyone could write it behind `dsfreeze train`.
@@ -28,25 +31,24 @@ RECIPE = (
     "train.save_strategy=no", "train.per_device_eval_batch_size=32", "data.max_eval_examples=400",
 )  # fmt: skip
 FULL_STEPS = 4
+#: What the second half says after the overrides. The null drops every key of freeze that they may have set.
 FULL = (
-    "freeze.strategy=full",
-    "freeze.fraction=null",
-    f"train.max_steps={FULL_STEPS}",
-    "data.eval=null",
-    "train.export=false",
-)
+    "freeze=null", "freeze.strategy=full", "data.eval=null", f"train.max_steps={FULL_STEPS}",
+    "train.export=false", "train.save_strategy=no", "train.resume_from_checkpoint=null",
+)  # fmt: skip
 
 
 def quickstart(overrides: Sequence[str], *, as_json: bool = False) -> int:
     """Run both halves, print the comparison; returns the exit code of the first half that failed, else 0."""
     console = Console(stderr=True)
-    folder = _free_folder(Path("runs"), "quickstart")
+    words = [*RECIPE, f"train.output_dir={_free_folder(Path('runs'), 'quickstart')}", *overrides]
+    folder = load_recipe(None, words).train.output_dir
     console.rule("1 of 2: fine-tune SmolLM2-135M with its bottom 75 % frozen, ZeRO-2")
-    code = _train([*RECIPE, *overrides, f"train.output_dir={folder}"])
+    code = _train(words)
     if code:
         return code
     console.rule(f"2 of 2: {FULL_STEPS} steps of full tuning, to compare with")
-    code = _train([*RECIPE, *overrides, *FULL, f"train.output_dir={folder / 'full-tuning'}"])
+    code = _train([*words, *FULL, f"train.output_dir={json.dumps(str(folder / 'full-tuning'))}"])
     if code:
         return code
     return _report(folder, as_json)
@@ -56,21 +58,19 @@ def _train(words: Sequence[str]) -> int:
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "dsfreeze", "train", "--json", *words]
     # the summary that goes to standard output is read from the record instead
-    return subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False
-    ).returncode
+    code, number = supervise(command, env=environment, stdout=DEVNULL)
+    return code or (128 + number if number else 0)  # a signal in its last moment ends us too
 
 
 def _report(folder: Path, as_json: bool) -> int:
     frozen, full = _summary(folder), _summary(folder / "full-tuning")
     if as_json:
-        import json
-
         sys.stdout.write(json.dumps({"frozen": frozen, "full": full}, indent=2) + "\n")
         return 0
     console = Console()
     console.print(comparison_table(frozen, full))
-    console.print(f"record: {folder}    exported model: {frozen['model']}", highlight=False, soft_wrap=True)
+    exported = f"    exported model: {frozen['model']}" if frozen["model"] else ""
+    console.print(f"record: {folder}{exported}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

@@ -15,8 +15,29 @@ def test_the_first_signal_is_remembered_and_the_old_handler_returns(number):
         assert interrupt.flags() == [0.0, 0.0]
         os.kill(os.getpid(), number)
         assert interrupt.first(interrupt.flags()) == number
-        assert signal.getsignal(number) == before  # a second one acts at once
     assert signal.getsignal(number) == before
+
+
+def test_signals_that_come_again_do_not_end_the_checkpoint():
+    """A batch system signals every process, and then DeepSpeed's launcher its workers once more."""
+
+    def obeyed(number, frame):
+        raise AssertionError(signal.Signals(number).name)
+
+    before = signal.signal(signal.SIGTERM, obeyed)
+    with Interrupt() as interrupt:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert interrupt.flags() == [0.0, 1.0]
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_the_third_ctrl_c_acts_at_once():
+    with Interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_flags_of_several_ranks_add_up():

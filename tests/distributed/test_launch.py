@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from forks import _free_port
+from launch_kit import ctrl_c_obeyed, fake_venv, left_of, nobody_outlives
 from tiny_runs import tiny_recipe
 
+from dsfreeze.checkpoint import find_checkpoint
 from dsfreeze.record import read_record
 
 ROOT = Path(__file__).parents[2]
@@ -19,12 +24,30 @@ PYTHON = sys.executable
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
+def surroundings(folder: Path) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")}
+    kept["PATH"] = f"{Path(PYTHON).parent}:{kept['PATH']}"
+    return kept | {"TORCH_EXTENSIONS_DIR": str(folder / "extensions"), "OMP_NUM_THREADS": "1"}
+
+
 def launch(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    surroundings = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")}
-    surroundings |= {"TORCH_EXTENSIONS_DIR": str(folder / "extensions"), "OMP_NUM_THREADS": "1", **environment}
-    path = f"{Path(PYTHON).parent}:{surroundings['PATH']}"
     return subprocess.run(
-        command, cwd=ROOT, env={**surroundings, "PATH": path}, capture_output=True, text=True, timeout=180, check=False
+        command,
+        cwd=ROOT,
+        env=surroundings(folder) | environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+def launch_sh(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """./launch.sh with two ranks, up to the recipe, and the environment that keeps it from installing anything."""
+    venv = fake_venv(folder / "an environment", f'exec "{PYTHON}" "$@"')
+    return (
+        [str(ROOT / "launch.sh"), "--num_accelerators", "2", "--master_port", str(_free_port())],
+        {"DSFREEZE_VENV": str(venv)},
     )
 
 
@@ -45,6 +68,9 @@ def test_every_launcher_gives_the_same_losses(tmp_path):
         "no_local_rank": [*deepspeed, str(_free_port()), "--no_local_rank", "--module", "dsfreeze", "train", str(file)],
         "torchrun": [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(_free_port()),
                      "-m", "dsfreeze", "train", str(file)],
+        "accelerate": [PYTHON, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                       "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(_free_port()),
+                       "-m", "dsfreeze", "train", str(file)],
         "plain": [PYTHON, "-m", "dsfreeze", "train", str(file), "train.per_device_train_batch_size=4"],
     }  # fmt: skip
     losses = {}
@@ -78,3 +104,54 @@ def test_a_stale_lock_of_a_killed_compilation_does_not_hang_a_launch(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "lock" in done.stderr
+
+
+def test_launches_of_launch_sh_leave_no_process_and_no_lock(tmp_path):
+    """One after another on one port, as people do. Oracle: the process table and the extensions folder after each."""
+    file = recipe_file(tmp_path, max_steps=1)
+    command, environment = launch_sh(tmp_path)
+    for number in range(3):
+        done = launch([*command, str(file), f"train.output_dir={tmp_path / str(number)}"], tmp_path, **environment)
+        assert done.returncode == 0, done.stderr
+        assert left_of(tmp_path, seconds=2) == []
+        assert list((tmp_path / "extensions").rglob("lock")) == []
+
+
+def the_process(launched: psutil.Process) -> None:
+    launched.terminate()
+
+
+def its_group(launched: psutil.Process) -> None:
+    os.killpg(launched.pid, signal.SIGTERM)
+
+
+def every_process(launched: psutil.Process) -> None:
+    """As a batch system does; then DeepSpeed's launcher signals its workers a second time."""
+    for process in [launched, *launched.children(recursive=True)]:
+        process.terminate()
+
+
+def ctrl_c(launched: psutil.Process) -> None:
+    os.killpg(launched.pid, signal.SIGINT)
+
+
+@pytest.mark.parametrize(("stop", "code"), [(the_process, 143), (its_group, 143), (every_process, 143), (ctrl_c, 130)])
+def test_a_signal_to_launch_sh_ends_it_after_the_checkpoint(tmp_path, stop, code):
+    """Oracles: the shell's exit code, a checkpoint that is whole at that moment, and the process table."""
+    file = recipe_file(tmp_path, max_steps=100_000)
+    command, environment = launch_sh(tmp_path)
+    with ctrl_c_obeyed():
+        launched = psutil.Popen(
+            [*command, str(file)], cwd=ROOT, env=surroundings(tmp_path) | environment, stdin=subprocess.DEVNULL,
+            stdout=(tmp_path / "log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    steps, deadline = tmp_path / "run" / "steps.jsonl", time.monotonic() + 120
+    with nobody_outlives(tmp_path):
+        while not (steps.exists() and steps.read_text().count("\n") > 2) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        stop(launched)
+        ended, left = launched.wait(90), left_of(tmp_path)
+    assert (ended, left) == (code, []), (tmp_path / "log").read_text()
+    found = find_checkpoint(tmp_path / "run", True)
+    assert found.step == len(read_record(tmp_path / "run").steps)
+    assert found.state()
