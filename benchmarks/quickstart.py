@@ -41,7 +41,9 @@ def main() -> None:
         "accuracy_before": mean([frozen["metrics"]["before"]["accuracy"] for frozen, _ in pairs]),
         "accuracy_after": mean([frozen["metrics"]["after"]["accuracy"] for frozen, _ in pairs]),
         "ratio_to_full_tuning": {
-            "optimizer_state": mean([a["memory"]["optimizer_state"] / b["memory"]["optimizer_state"] for a, b in pairs]),
+            "optimizer_state": mean(
+                [a["memory"]["optimizer_state"] / b["memory"]["optimizer_state"] for a, b in pairs]
+            ),
             "peak_memory": mean([a["memory"]["peak"] / b["memory"]["peak"] for a, b in pairs]),
             "seconds_per_step": mean([a["seconds_per_step"] / b["seconds_per_step"] for a, b in pairs]),
         },
