@@ -254,7 +254,7 @@ def require_same(checkpoint: Checkpoint, plan: FreezePlan, base: Base) -> None:
     if theirs.anatomy != base.anatomy or theirs.hash != base.hash:
         raise UserError(
             f"{checkpoint.folder} was trained from model '{theirs.name}' ({theirs.hash[:12]}), this recipe says "
-            f"'{base.name}' ({base.hash[:12]}). Give the same model, or another train.output_dir."
+            f"'{base.name}' ({base.hash[:12]}). Give the model it was trained from; another one needs another train.output_dir."
         )
     if saved.digest != plan.digest:
         only_saved, only_now = (
@@ -264,7 +264,7 @@ def require_same(checkpoint: Checkpoint, plan: FreezePlan, base: Base) -> None:
         raise UserError(
             f"{checkpoint.folder} belongs to another plan (strategy '{saved.strategy}', this recipe: '{plan.strategy}'). "
             f"Trained there but not here: {_some(only_saved)}; here but not there: {_some(only_now)}. "
-            "Resume with the recipe it was made with, or start anew in another train.output_dir."
+            "Use the recipe it was made with; another plan starts anew, in another train.output_dir."
         )
 
 
