@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from dsfreeze.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, open_checkpoint, require_same
-from dsfreeze.engine.local import LocalEngine
+from dsfreeze.engine.process import agree, evaluation_engine, process_group
+from dsfreeze.engine.ranks import read_ranks
 from dsfreeze.errors import UserError
 from dsfreeze.evaluation import evaluate
 from dsfreeze.export import export_delta, export_model, fill_delta, require_writable
@@ -40,12 +43,14 @@ def _how_to_export(run: Path) -> str:
 
 
 def evaluate_recipe(recipe: Recipe) -> dict[str, float]:
-    """Metrics of the recipe's model on its evaluation data, in this process."""
-    _, data, module = load_task(recipe)
-    if data.eval is None:
-        raise UserError("The recipe has no evaluation data; name some in data.eval.")
-    engine = LocalEngine(module, read_anatomy(module, recipe.model.name), recipe)
-    return evaluate(engine, data, recipe)
+    """Metrics of the recipe's model on its evaluation data; several ranks hold the whole model each, and share the data."""
+    with process_group(recipe) if read_ranks().world_size > 1 else nullcontext():
+        agree(hashlib.sha256(recipe.model_dump_json().encode()).hexdigest(), "the recipe")
+        _, data, module = load_task(recipe)
+        if data.eval is None:
+            raise UserError("The recipe has no evaluation data; name some in data.eval.")
+        engine = evaluation_engine(module, read_anatomy(module, recipe.model.name), recipe)
+        return evaluate(engine, data, recipe)
 
 
 def export_folder(source: Path, output: Path, *, delta: bool, base: str | None) -> Path:
@@ -54,6 +59,8 @@ def export_folder(source: Path, output: Path, *, delta: bool, base: str | None) 
     UserError when the recipe's model or plan is no longer what the checkpoint was trained with.
     """
     if base is not None:
+        if delta:
+            raise UserError("--delta writes a delta of a run, and --base makes a delta whole again: give one of them.")
         return fill_delta(source, ModelOptions(name=base), output)
     run = source if _is_run(source) else source.parent
     if not _is_run(run):

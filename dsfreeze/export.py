@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsfreeze.adapters import add_adapters, merge_adapters
 from dsfreeze.anatomy_reader import read_anatomy
+from dsfreeze.engine.process import import_deepspeed
 from dsfreeze.errors import UserError, did_you_mean
 from dsfreeze.model import base_hash, load_model, load_tokenizer
 from dsfreeze.model_card import model_card, public_name
@@ -176,6 +177,7 @@ def _write_model(
     folder: Path, whole: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: FreezePlan, card: str
 ) -> Path:
     merge_adapters(whole)
+    import_deepspeed()  # save_pretrained imports it (by way of accelerate), and then its log is on standard output
     with _written_aside(folder) as aside, quiet_transformers():
         whole.save_pretrained(aside)
         tokenizer.save_pretrained(aside)

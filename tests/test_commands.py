@@ -1,9 +1,12 @@
 """`evaluate` and `export` on a run that was trained. Oracles: the run's own metrics, plain transformers, bit-identity."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -44,6 +47,16 @@ def test_export_of_the_last_checkpoint_is_the_exported_model(trained, tmp_path, 
     mine, theirs = weights(tmp_path / "out"), weights(folder / "run" / "model")
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.slow
+def test_export_prints_one_object_and_nothing_else(trained, tmp_path):
+    """Oracle: a process of its own that must find its accelerator, of which DeepSpeed tells on standard output."""
+    folder, _ = trained
+    command = [sys.executable, "-m", "dsfreeze", "export", str(folder / "run"), "-o", str(tmp_path / "out"), "--json"]
+    surroundings = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(done.stdout) == {"folder": str(tmp_path / "out")}
 
 
 def test_a_delta_filled_in_again_is_the_exported_model(trained, tmp_path):
