@@ -7,8 +7,9 @@
       trainer_state.json   where the data stood, and the losses' summary
 
 Nothing in it depends on the ZeRO stage or the world size; tensors that never trained are not in it. A checkpoint is
-written under another name and renamed when it is whole; older ones go only after that. DeepSpeed's own files are not
-used: they load one layer's state into another when the set changed (DeepSpeed #2288, #5439, #5430).
+written under another name and renamed when it is whole; older ones go only after that. Only a checkpoint-N with a
+manifest is ours to remove or to rename: transformers' Trainer gives its folders the same names. DeepSpeed's own files
+are not used: they load one layer's state into another when the set changed (DeepSpeed #2288, #5439, #5430).
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +37,11 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 WEIGHTS, STATE, TRAINER, MANIFEST = "weights.safetensors", "state.safetensors", "trainer_state.json", "manifest.json"
+PREFIX = "checkpoint-"
+
+
+class NotWhole(UserError):
+    """A folder that is no checkpoint of ours, or not all of one: a search passes over it."""
 
 
 @dataclass(frozen=True)
@@ -81,16 +89,19 @@ def save(
     *,
     keep: int | None = None,
 ) -> Path:
-    """Write checkpoint-`step` (rank 0 alone), then drop all but the newest `keep`.
+    """Write checkpoint-`step` (rank 0 alone), then drop all but `keep`: this one and the newest others.
 
     Raises UserError when the disk is full or the folder cannot be written; what was there before is untouched then.
+    Warns when an old one cannot be removed. A folder of that name that is not ours is renamed, with a warning.
     """
-    final = output_dir / f"checkpoint-{step}"
-    aside = output_dir / f".checkpoint-{step}.tmp"
+    final = output_dir / f"{PREFIX}{step}"
+    aside = output_dir / f".{PREFIX}{step}.tmp"
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         _write(aside, step, state, plan, base, trainer_state)
+        if final.exists() and not _is_ours(final):
+            warnings.warn(f"{final} is no checkpoint of dsfreeze; it is now {_set_aside(final)}.", stacklevel=2)
         _swap(aside, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -98,7 +109,8 @@ def save(
             f"Could not write {final}: {error}. Earlier checkpoints are intact; free disk space, or set train.output_dir "
             "to another disk, and resume with train.resume_from_checkpoint=true."
         ) from error
-    _prune(output_dir, keep)
+    if keep:
+        _prune(output_dir, keep, final)
     return final
 
 
@@ -149,39 +161,90 @@ def _write(
 def open_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`; UserError when it is missing, truncated, corrupt or of another format."""
     try:
+        return _open(folder)
+    except NotWhole as problem:
+        raise NotWhole(f"{problem}{_others(folder)}") from None
+
+
+def _open(folder: Path) -> Checkpoint:
+    try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         step, digests = int(manifest["step"]), dict(manifest["sha256"])
         if manifest["format_version"] != FORMAT_VERSION:
             raise UserError(f"{folder} has format {manifest['format_version']}; this version reads {FORMAT_VERSION}.")
+        changed = [
+            n for n in (WEIGHTS, STATE, TRAINER) if not (folder / n).is_file() or _sha256(folder / n) != digests[n]
+        ]
     except FileNotFoundError:
-        raise UserError(f"{folder} is no whole checkpoint: it has no {MANIFEST}.{_others(folder)}") from None
+        raise NotWhole(f"{folder} is no whole checkpoint: it has no {MANIFEST}.") from None
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{folder / MANIFEST} cannot be read: {error}.{_others(folder)}") from None
-    for name in (WEIGHTS, STATE, TRAINER):
-        if not (folder / name).is_file() or _sha256(folder / name) != digests.get(name):
-            raise UserError(f"{folder / name} is missing, truncated or changed since it was written.{_others(folder)}")
+    except OSError as error:
+        raise NotWhole(f"{folder} cannot be read: {error}.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise NotWhole(f"{folder / MANIFEST} cannot be read: {error}.") from None
+    if changed:
+        raise NotWhole(f"{folder / changed[0]} is missing, truncated or changed since it was written.")
     return Checkpoint(folder, step, manifest)
 
 
 def find_checkpoint(output_dir: Path, wanted: bool | Path) -> Checkpoint:
-    """The checkpoint that `train.resume_from_checkpoint` names: a path, or True for the newest in `output_dir`."""
+    """The checkpoint that `train.resume_from_checkpoint` names: a path, or True for the newest whole one in `output_dir`.
+
+    Warns of each newer one that is not whole; UserError when there is none, or the one named is not whole.
+    """
     if wanted is not True:
         return open_checkpoint(Path(str(wanted)))
-    folders = list_checkpoints(output_dir)
-    if not folders:
-        raise UserError(
-            f"{output_dir} holds no checkpoint (checkpoint-N). To start there, drop train.resume_from_checkpoint; "
-            "a run writes checkpoints unless train.save_strategy is no."
-        )
-    return open_checkpoint(folders[-1])
+    folders = _numbered(output_dir)
+    for folder in reversed(folders):
+        try:
+            return _open(folder)
+        except NotWhole as problem:
+            warnings.warn(f"Passed over: {problem}", stacklevel=2)
+    found = f" ({', '.join(f.name for f in folders)}: none of them is whole)" if folders else f" ({PREFIX}N)"
+    raise UserError(
+        f"{output_dir} holds no checkpoint to go on from{found}. To start anew, drop train.resume_from_checkpoint; "
+        "a run writes checkpoints unless train.save_strategy is no."
+    )
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """checkpoint-N folders, oldest step first."""
-    folders = [p for p in output_dir.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(folders, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+    """Our own checkpoint-N folders, oldest step first; whether their files are whole is not looked at."""
+    return [folder for folder in _numbered(output_dir) if _is_ours(folder)]
+
+
+def set_aside_later(output_dir: Path, step: int) -> list[Path]:
+    """Rename our checkpoints after `step` to abandoned-checkpoint-N (rank 0 alone); returns the new folders.
+
+    A run that goes on from `step` leaves them behind: they are of another branch, and would be the newest for ever.
+    Call it when the checkpoint to resume from has been read on every rank, and before the first one is written.
+    """
+    try:
+        return [_set_aside(folder) for folder in list_checkpoints(output_dir) if _number(folder) > step]
+    except OSError as error:
+        raise UserError(
+            f"Could not rename the checkpoints after step {step} in {output_dir}, which the run that resumes there "
+            f"abandons: {error}. Move them away, or resume into another train.output_dir."
+        ) from error
+
+
+def _numbered(output_dir: Path) -> list[Path]:
+    folders = [p for p in output_dir.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal()]
+    return sorted(folders, key=_number)
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix(PREFIX))
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def _set_aside(folder: Path) -> Path:
+    names = chain([f"abandoned-{folder.name}"], (f"abandoned-{folder.name}-{n}" for n in count(2)))
+    free = next(folder.with_name(name) for name in names if not os.path.lexists(folder.with_name(name)))
+    return folder.rename(free)
 
 
 def require_same(checkpoint: Checkpoint, plan: FreezePlan, base: Base) -> None:
@@ -191,7 +254,7 @@ def require_same(checkpoint: Checkpoint, plan: FreezePlan, base: Base) -> None:
     if theirs.anatomy != base.anatomy or theirs.hash != base.hash:
         raise UserError(
             f"{checkpoint.folder} was trained from model '{theirs.name}' ({theirs.hash[:12]}), this recipe says "
-            f"'{base.name}' ({base.hash[:12]}). Give the same model, or another train.output_dir."
+            f"'{base.name}' ({base.hash[:12]}). Give the model it was trained from; another one needs another train.output_dir."
         )
     if saved.digest != plan.digest:
         only_saved, only_now = (
@@ -201,7 +264,7 @@ def require_same(checkpoint: Checkpoint, plan: FreezePlan, base: Base) -> None:
         raise UserError(
             f"{checkpoint.folder} belongs to another plan (strategy '{saved.strategy}', this recipe: '{plan.strategy}'). "
             f"Trained there but not here: {_some(only_saved)}; here but not there: {_some(only_now)}. "
-            "Resume with the recipe it was made with, or start anew in another train.output_dir."
+            "Use the recipe it was made with; another plan starts anew, in another train.output_dir."
         )
 
 
@@ -210,8 +273,8 @@ def _some(names: list[str]) -> str:
 
 
 def _others(folder: Path) -> str:
-    whole = [p.name for p in list_checkpoints(folder.parent) if p != folder and (p / MANIFEST).is_file()]
-    return f" Others in {folder.parent}: {', '.join(whole)}; name one in train.resume_from_checkpoint." if whole else ""
+    names = [p.name for p in list_checkpoints(folder.parent) if p != folder]
+    return f" Others in {folder.parent}: {', '.join(names)}; name one in train.resume_from_checkpoint." if names else ""
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -221,9 +284,13 @@ def _load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a whole safetensors file: {error}.") from None
 
 
-def _prune(output_dir: Path, keep: int | None) -> None:
-    for folder in list_checkpoints(output_dir)[: -keep if keep else None] if keep else ():
-        shutil.rmtree(folder)
+def _prune(output_dir: Path, keep: int, newest: Path) -> None:
+    others = [folder for folder in list_checkpoints(output_dir) if folder != newest]
+    for folder in others[: max(0, len(others) - (keep - 1))]:
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            warnings.warn(f"Could not remove the old checkpoint {folder}: {error}.", stacklevel=3)
 
 
 def _sha256(path: Path) -> str:

@@ -1,5 +1,5 @@
 """The command line: parses, calls, prints. Every command takes `--json`: one object on standard output, nothing else there;
-progress and warnings go to standard error.
+progress and warnings go to standard error. Of several ranks rank 0 alone prints; an error is said by each that meets it.
 
 Exit codes: 0 done, 1 a bug of ours, 2 a mistake that the message says how to mend, 128 + n ended by signal n.
 """
@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +27,9 @@ app = typer.Typer(
     help="Choose which layers to fine-tune, know what it costs, and train exactly that under DeepSpeed ZeRO.",
 )  # fmt: skip
 
+#: Number of classes of built-in data, known without importing what makes them.
+BUILTIN_LABELS: dict[str | None, int] = {"builtin:nli": 3}
+
 Words = Annotated[
     list[str] | None,
     typer.Argument(metavar="[RECIPE.yaml] [KEY=VALUE]...", help="A recipe, overrides of its keys, or both."),
@@ -34,6 +39,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command and return its exit code; a UserError is printed without a traceback."""
+    if not _is_leader():
+        warnings.simplefilter("ignore", UserWarning)  # every rank meets the same ones
     try:
         return int(app(list(arguments), standalone_mode=False) or 0)
     except UserError as error:
@@ -63,19 +70,30 @@ def _say(message: str) -> None:
     Console(stderr=True, soft_wrap=True).print(message, highlight=False)
 
 
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
-
-
 def _is_leader() -> bool:
     return os.environ.get("RANK", "0") == "0"
+
+
+def _print_json(value: Any) -> None:
+    _write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def _write(text: str) -> None:
+    if _is_leader():
+        sys.stdout.write(text)
+
+
+def _show(drawing: Any) -> None:
+    if _is_leader():
+        Console().print(drawing)
 
 
 def read_words(words: Sequence[str] | None) -> Recipe:
     """A recipe from the command line's words: at most one file, the rest `key=value`."""
     from dsfreeze.recipe_reader import load_recipe
 
-    files = [word for word in words or () if "=" not in word or Path(word).is_file()]
+    # os.path's answer to a name that is too long is no; Path's is an error
+    files = [word for word in words or () if "=" not in word or os.path.isfile(word)]
     overrides = [word for word in words or () if word not in files]
     if len(files) > 1:
         raise UserError(f"Two recipes given: {files[0]} and {files[1]}. Name one; overrides are written key=value.")
@@ -100,28 +118,45 @@ def train(
     from dsfreeze.loop import train as train_recipe
 
     summary = train_recipe(recipe, Console(stderr=True))
-    if _is_leader():
-        if as_json:
-            _print_json(summary)
-        else:
-            from dsfreeze.tables import summary_table
+    if as_json:
+        _print_json(summary)
+    else:
+        from dsfreeze.tables import summary_table
 
-            Console().print(summary_table(summary))
+        _show(summary_table(summary))
     return 0
 
 
 def _print_config(recipe: Recipe, as_json: bool) -> int:
     from dsfreeze.recipe_yaml import dump_yaml
-    from dsfreeze.zero_config import deepspeed_config, is_local
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    config = {} if is_local(recipe) else deepspeed_config(recipe, world_size)
+    config, notes = _deepspeed_config(recipe)
     resolved = {"recipe": recipe.model_dump(mode="json"), "deepspeed": config}
     if as_json:
-        _print_json(resolved)
+        _print_json({**resolved, "notes": notes})
     else:
-        sys.stdout.write(dump_yaml(resolved))
+        _write("".join(f"# note: {note}\n" for note in notes) + dump_yaml(resolved))
     return 0
+
+
+def _deepspeed_config(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
+    """What DeepSpeed will be given, {} without it, and notes on what is not certain before the run."""
+    from dsfreeze.zero_config import deepspeed_config, is_local
+
+    if is_local(recipe):
+        return {}, []
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        anatomy, notes = _anatomy(recipe)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        note = f"bucket sizes are upper bounds, a run takes no more than its plan trains; the model could not be read: {why}"
+        return deepspeed_config(recipe, world_size), [note]
+    from dsfreeze.engine.process import engine_config
+    from dsfreeze.strategies import make_plan
+
+    freeze_plan = make_plan(anatomy, recipe.freeze)
+    return engine_config(recipe, freeze_plan, freeze_plan.adapted(anatomy), world_size), list(notes)
 
 
 @app.command()
@@ -137,8 +172,9 @@ def plan(
     from dsfreeze.zero_config import deepspeed_config, is_local, offload_of, stage_of
 
     recipe = read_words(words)
-    anatomy = _anatomy(recipe)
+    anatomy, notes = _anatomy(recipe)
     freeze_plan = make_plan(anatomy, recipe.freeze)
+    freeze_plan = replace(freeze_plan, notes=(*freeze_plan.notes, *notes))
     config = None if is_local(recipe) else deepspeed_config(recipe, world_size)
     cost = estimate(
         freeze_plan.adapted(anatomy), freeze_plan,
@@ -149,20 +185,29 @@ def plan(
     if as_json:
         _print_json(plan_as_dict(anatomy, freeze_plan, cost))
     else:
-        Console().print(draw(anatomy, freeze_plan, cost))
+        _show(draw(anatomy, freeze_plan, cost))
     return 0
 
 
-def _anatomy(recipe: Recipe) -> Any:
-    """A shipped anatomy where the model's name has one (no torch), else read on the meta device."""
+def _anatomy(recipe: Recipe) -> tuple[Any, tuple[str, ...]]:
+    """A shipped anatomy where the model's name has one (no torch), else read on the meta device; notes on guesses."""
     from dsfreeze.anatomy import load_shipped, shipped
 
-    num_labels = len(recipe.data.labels) if recipe.data.labels else recipe.data.num_labels or 2
+    num_labels, notes = _num_labels(recipe)
     if recipe.model.name in shipped():
-        return load_shipped(recipe.model.name).for_task(recipe.task, num_labels)
+        return load_shipped(recipe.model.name).for_task(recipe.task, num_labels), notes
     from dsfreeze.model import anatomy_of
 
-    return anatomy_of(recipe.model, recipe.task, num_labels)
+    return anatomy_of(recipe.model, recipe.task, num_labels), notes
+
+
+def _num_labels(recipe: Recipe) -> tuple[int, tuple[str, ...]]:
+    """How many classes the head has, as far as is known without reading the data."""
+    data = recipe.data
+    known = len(data.labels or ()) or data.num_labels or BUILTIN_LABELS.get(data.train or data.eval)
+    if known or recipe.task not in ("classification", "tokens"):
+        return known or 2, ()
+    return 2, ("the head is taken to have 2 labels, for the data are not read here; data.num_labels sets their number",)
 
 
 @app.command()
@@ -170,16 +215,16 @@ def evaluate(words: Words = None, as_json: AsJson = False) -> int:
     """Evaluate a model without training: a recipe, or a run's folder (its exported model)."""
     from dsfreeze.commands import evaluate_recipe, recipe_of_run
 
-    run_folder = next((Path(word) for word in words or () if Path(word).is_dir()), None)
-    rest = [word for word in words or () if run_folder is None or Path(word) != run_folder]
-    recipe = recipe_of_run(run_folder, rest) if run_folder else read_words(rest)
+    folder = next((word for word in words or () if os.path.isdir(word)), None)
+    rest = [word for word in words or () if word != folder]
+    recipe = recipe_of_run(Path(folder), rest) if folder else read_words(rest)
     metrics = evaluate_recipe(recipe)
     if as_json:
         _print_json({"model": recipe.model.name, "metrics": metrics})
     else:
         from dsfreeze.tables import metrics_table
 
-        Console().print(metrics_table(recipe.model.name, metrics))
+        _show(metrics_table(recipe.model.name, metrics))
     return 0
 
 
@@ -194,6 +239,8 @@ def export(
     as_json: AsJson = False,
 ) -> int:
     """Write a complete `from_pretrained` folder from a run or checkpoint, a delta, or a delta made whole again."""
+    if not _is_leader():
+        return 0  # one process's work
     from dsfreeze.commands import export_folder
 
     folder = export_folder(run_folder, output, delta=delta, base=base)
@@ -215,7 +262,7 @@ def models(as_json: AsJson = False) -> int:
     else:
         from dsfreeze.tables import models_table
 
-        Console().print(models_table(rows))
+        _show(models_table(rows))
     return 0
 
 

@@ -2,52 +2,84 @@
 
 from __future__ import annotations
 
+import hashlib
+import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
-from dsfreeze.checkpoint import find_checkpoint, open_checkpoint
-from dsfreeze.engine.local import LocalEngine
+from dsfreeze.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, open_checkpoint, require_same
+from dsfreeze.engine.process import agree, evaluation_engine, process_group
+from dsfreeze.engine.ranks import read_ranks
 from dsfreeze.errors import UserError
 from dsfreeze.evaluation import evaluate
-from dsfreeze.export import export_delta, export_model, fill_delta
+from dsfreeze.export import export_delta, export_model, fill_delta, require_writable
 from dsfreeze.job import load_task, prepare_job
 from dsfreeze.model import read_anatomy
 from dsfreeze.recipe import ModelOptions, Recipe
 from dsfreeze.recipe_reader import load_recipe
+from dsfreeze.record import RECIPE
 
 
 def recipe_of_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a run's folder with its exported model as the model."""
+    if not _is_run(folder):
+        raise UserError(f"{folder} is no run: it has no {RECIPE}. Name the folder of a run, its train.output_dir.")
     model = folder / "model"
     if not model.is_dir():
-        raise UserError(
-            f"{folder} has no exported model (folder model/): let the run finish, or `dsfreeze export {folder}`."
-        )
-    return load_recipe(folder / "recipe.yaml", [f"model.name={model}", *overrides])
+        raise UserError(f"{folder} has no exported model (folder model/). {_how_to_export(folder)}")
+    return load_recipe(folder / RECIPE, [f"model.name={model}", *overrides])
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / RECIPE).is_file()
+
+
+def _how_to_export(run: Path) -> str:
+    if list_checkpoints(run):
+        command = shlex.join(["dsfreeze", "export", str(run), "-o", str(run / "model")])
+        return f"Write it from the newest checkpoint: `{command}`."
+    return "It has no checkpoint to write one from either: train again, with train.export=true."
 
 
 def evaluate_recipe(recipe: Recipe) -> dict[str, float]:
-    """Metrics of the recipe's model on its evaluation data, in this process."""
-    _, data, module = load_task(recipe)
-    if data.eval is None:
-        raise UserError("The recipe has no evaluation data; name some in data.eval.")
-    engine = LocalEngine(module, read_anatomy(module, recipe.model.name), recipe)
-    return evaluate(engine, data, recipe)
+    """Metrics of the recipe's model on its evaluation data; several ranks hold the whole model each, and share the data."""
+    with process_group(recipe) if read_ranks().world_size > 1 else nullcontext():
+        agree(hashlib.sha256(recipe.model_dump_json().encode()).hexdigest(), "the recipe")
+        _, data, module = load_task(recipe)
+        if data.eval is None:
+            raise UserError("The recipe has no evaluation data; name some in data.eval.")
+        engine = evaluation_engine(module, read_anatomy(module, recipe.model.name), recipe)
+        return evaluate(engine, data, recipe)
 
 
 def export_folder(source: Path, output: Path, *, delta: bool, base: str | None) -> Path:
-    """Write a model folder (or, with `delta`, the trained tensors alone) from a run, a checkpoint or a delta."""
+    """Write a model folder (or, with `delta`, the trained tensors alone) from a run, a checkpoint or a delta.
+
+    UserError when the recipe's model or plan is no longer what the checkpoint was trained with.
+    """
     if base is not None:
+        if delta:
+            raise UserError("--delta writes a delta of a run, and --base makes a delta whole again: give one of them.")
         return fill_delta(source, ModelOptions(name=base), output)
-    run = source.parent if source.name.startswith("checkpoint-") else source
-    if not (run / "recipe.yaml").is_file():
-        raise UserError(
-            f"{source} is no run: {run / 'recipe.yaml'} is missing. Name a run's folder, or its checkpoint-N."
-        )
-    recipe = load_recipe(run / "recipe.yaml", [])
-    checkpoint = open_checkpoint(source) if source != run else find_checkpoint(run, True)
-    job = prepare_job(recipe)
+    run = source if _is_run(source) else source.parent
+    if not _is_run(run):
+        raise UserError(f"{source} is no run: it has no {RECIPE}. Name a run's folder, or a checkpoint-N in one.")
+    require_writable(output)
+    checkpoint = open_checkpoint(source) if source != run else _newest_checkpoint(run)
+    job = prepare_job(load_recipe(run / RECIPE, []))
+    require_same(checkpoint, job.plan, job.base)
     weights = {name: entry["weight"] for name, entry in checkpoint.state().items()}
     if delta:
-        return export_delta(output, weights, module=job.module, plan=job.plan, base=job.base, recipe=recipe)
-    return export_model(output, job.module, job.tokenizer, weights=weights, plan=job.plan, recipe=recipe, metrics={})
+        return export_delta(output, weights, module=job.module, plan=job.plan, base=job.base, recipe=job.recipe)
+    return export_model(
+        output, job.module, job.tokenizer, weights=weights, plan=job.plan, recipe=job.recipe, metrics={}
+    )
+
+
+def _newest_checkpoint(run: Path) -> Checkpoint:
+    if not list_checkpoints(run):
+        model = run / "model"
+        there = f" Its exported model is {model}." if model.is_dir() else " Train again, with train.export=true."
+        raise UserError(f"{run} has no checkpoint to export from.{there}")
+    return find_checkpoint(run, True)

@@ -26,7 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsfreeze.adapters import add_adapters, merge_adapters
 from dsfreeze.anatomy_reader import read_anatomy
-from dsfreeze.errors import UserError
+from dsfreeze.engine.process import import_deepspeed
+from dsfreeze.errors import UserError, did_you_mean
 from dsfreeze.model import base_hash, load_model, load_tokenizer
 from dsfreeze.model_card import model_card, public_name
 from dsfreeze.plan import FreezePlan
@@ -54,7 +55,7 @@ def export_model(
 
     `weights` (full tensors under the names of `module.named_parameters()`) take the place of the module's own; they
     must be all of them when the module's are sharded. The module is left as it is. UserError when the folder cannot be
-    written.
+    written or a weight's name is none of the model's.
     """
     whole = _rebuild(module, plan, weights or {})
     with warnings.catch_warnings():
@@ -144,6 +145,12 @@ def _rebuild(module: PreTrainedModel, plan: FreezePlan, weights: Mapping[str, to
     # what an adapter is merged into is a copy: peft merges in place
     state = {n: t.detach().cpu().clone() if ".base_layer." in n else t.detach().cpu() for n, t in state.items()}
     shapes = {name: tensor.shape for name, tensor in whole.state_dict().items()}
+    unknown = sorted(weights.keys() - shapes.keys())
+    if unknown:
+        raise UserError(
+            f"The weights hold '{unknown[0]}', which {type(whole).__name__} lacks: they are of another model, or of other "
+            f"adapters.{did_you_mean(unknown[0], shapes)}"
+        )
     wrong = sorted(name for name in state.keys() & shapes.keys() if state[name].shape != shapes[name])
     assert not wrong, f"export needs full tensors; {wrong[:3]} are sharded or of another model"
     whole.load_state_dict({n: t for n, t in state.items() if n in shapes}, strict=False, assign=True)
@@ -170,6 +177,7 @@ def _write_model(
     folder: Path, whole: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: FreezePlan, card: str
 ) -> Path:
     merge_adapters(whole)
+    import_deepspeed()  # save_pretrained imports it (by way of accelerate), and then its log is on standard output
     with _written_aside(folder) as aside, quiet_transformers():
         whole.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
@@ -181,11 +189,16 @@ def _write_model(
 # -- folders -----------------------------------------------------------------------------------------------------------
 
 
+def require_writable(folder: Path) -> None:
+    """UserError when `folder` is there and no export of ours wrote it; a run asks before it trains."""
+    if folder.exists() and not _is_ours(folder):
+        raise UserError(f"{folder} exists and was not written by an export; name another folder, or remove it.")
+
+
 @contextmanager
 def _written_aside(folder: Path) -> Iterator[Path]:
     """A new folder to write into; it takes `folder`'s place when the block ends well, and is removed when not."""
-    if folder.exists() and not _is_ours(folder):
-        raise UserError(f"{folder} exists and was not written by an export; name another folder, or remove it.")
+    require_writable(folder)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(aside, ignore_errors=True)

@@ -70,9 +70,9 @@ def comparison_table(frozen: Mapping[str, Any], full: Mapping[str, Any]) -> Tabl
     table = Table(
         "", "this plan", "full tuning", "ratio", title="what freezing saved, measured in this run", title_justify="left"
     )
-    before, after = frozen["metrics"]["before"], frozen["metrics"]["after"]
+    before, after = (frozen["metrics"].get(when, {}) for when in ("before", "after"))  # a run may evaluate nothing
     for metric in (name for name in after if name != "loss"):
-        table.add_row(f"{metric} before", f"{before[metric]:.3f}", "", "")
+        table.add_row(f"{metric} before", f"{before[metric]:.3f}" if metric in before else "", "", "")
         table.add_row(f"{metric} after", f"[bold]{after[metric]:.3f}[/]", "", "")
     table.add_row("parameters", million(frozen["total"]), million(full["total"]), "")
     rows = [

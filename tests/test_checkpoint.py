@@ -128,10 +128,113 @@ def test_a_plan_changed_by_hand_in_the_manifest_is_refused(tmp_path):
         checkpoints.require_same(checkpoints.open_checkpoint(folder), PLAN, BASE)
 
 
-def test_a_half_deleted_checkpoint_is_not_taken_for_the_newest_whole_one(tmp_path):
+@pytest.mark.parametrize("damage", ["empty", "truncated", "unreadable"])
+def test_a_newest_checkpoint_that_is_not_whole_is_passed_over_with_a_warning(tmp_path, damage):
+    """Oracle: the one before it, which still verifies; the warning names the damaged one. A path names what must be whole."""
     write(tmp_path, 1)
     folder = write(tmp_path, 2)
-    shutil.rmtree(folder)
-    folder.mkdir()
-    with pytest.raises(UserError, match=r"checkpoint-2.*checkpoint-1"):
+    if damage == "empty":
+        shutil.rmtree(folder)
+        folder.mkdir()
+    elif damage == "truncated":
+        (folder / checkpoints.STATE).write_bytes(b"")
+    else:
+        (folder / checkpoints.MANIFEST).unlink()
+        (folder / checkpoints.MANIFEST).mkdir()
+    with pytest.warns(UserWarning, match=r"Passed over: .*checkpoint-2"):
+        assert checkpoints.find_checkpoint(tmp_path, True).step == 1
+    with pytest.raises(UserError, match=r"checkpoint-2.*Others in .*: checkpoint-1;"):
+        checkpoints.find_checkpoint(tmp_path, folder)
+
+
+def test_when_no_checkpoint_is_whole_all_are_named(tmp_path):
+    for step in (1, 2):
+        (write(tmp_path, step) / checkpoints.WEIGHTS).unlink()
+    with (
+        pytest.warns(UserWarning, match="Passed over"),
+        pytest.raises(UserError, match="checkpoint-1, checkpoint-2: none of them is whole"),
+    ):
         checkpoints.find_checkpoint(tmp_path, True)
+
+
+def test_a_checkpoint_of_another_format_is_refused_and_not_passed_over(tmp_path):
+    write(tmp_path, 1)
+    manifest = write(tmp_path, 2) / checkpoints.MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 99}))
+    with pytest.raises(UserError, match="has format 99"):
+        checkpoints.find_checkpoint(tmp_path, True)
+
+
+def test_keep_spares_the_one_just_written_whatever_its_number(tmp_path):
+    """Oracle: the folders by hand; a run that resumed from 100 writes 200 beside 500 and 1000."""
+    for step in (100, 500, 1000):
+        write(tmp_path, step)
+    write(tmp_path, 200, keep=2)
+    assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-200", "checkpoint-1000"]
+    write(tmp_path, 300, keep=1)
+    assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-300"]
+
+
+def trainers(folder, step):
+    """What transformers' Trainer leaves: the same name, other files."""
+    theirs = folder / f"checkpoint-{step}"
+    theirs.mkdir()
+    (theirs / "model.safetensors").write_bytes(b"theirs")
+    (theirs / "trainer_state.json").write_text("{}")
+    return theirs
+
+
+def test_a_checkpoint_of_another_program_is_never_removed(tmp_path):
+    """Oracle: its bytes afterwards; it counts neither for `keep` nor as the newest, and a clash of names renames it."""
+    theirs = trainers(tmp_path, 1)
+    for step in (2, 3):
+        write(tmp_path, step, keep=1)
+    assert (theirs / "model.safetensors").read_bytes() == b"theirs"
+    trainers(tmp_path, 500)
+    with pytest.warns(UserWarning, match=r"checkpoint-500 .*manifest\.json"):
+        assert checkpoints.find_checkpoint(tmp_path, True).step == 3
+    with pytest.warns(
+        UserWarning, match=r"checkpoint-500 is no checkpoint of dsfreeze; it is now .*abandoned-checkpoint-500"
+    ):
+        write(tmp_path, 500)
+    assert (tmp_path / "abandoned-checkpoint-500" / "model.safetensors").read_bytes() == b"theirs"
+    assert checkpoints.find_checkpoint(tmp_path, True).step == 500
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    real = shutil.rmtree
+
+    def refuse(folder, *args, **options):
+        if folder.name == "checkpoint-1":
+            raise PermissionError(13, "Permission denied")
+        return real(folder, *args, **options)
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", refuse)
+    with pytest.warns(UserWarning, match=r"Could not remove .*checkpoint-1: .*Permission denied"):
+        assert write(tmp_path, 2, keep=1).name == "checkpoint-2"
+
+
+def test_checkpoints_of_an_abandoned_branch_are_set_aside(tmp_path):
+    """Oracle: the weights that were there, under the new names, and the newest that is left."""
+    for step in (100, 500, 1000):
+        write(tmp_path, step)
+    (tmp_path / "abandoned-checkpoint-500").mkdir()
+    theirs = trainers(tmp_path, 700)
+    assert [p.name for p in checkpoints.set_aside_later(tmp_path, 100)] == [
+        "abandoned-checkpoint-500-2",
+        "abandoned-checkpoint-1000",
+    ]
+    assert theirs.is_dir()
+    back = checkpoints.open_checkpoint(tmp_path / "abandoned-checkpoint-1000").state()
+    assert torch.equal(back["a.weight"]["weight"], state(1000)["a.weight"]["weight"])
+    assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-100"]
+    assert checkpoints.set_aside_later(tmp_path, 100) == []
+    assert checkpoints.set_aside_later(tmp_path / "not-there", 100) == []
+
+
+def test_a_branch_that_cannot_be_set_aside_is_an_error(tmp_path, monkeypatch):
+    write(tmp_path, 5)
+    monkeypatch.setattr(type(tmp_path), "rename", lambda *_: (_ for _ in ()).throw(PermissionError(13, "no")))
+    with pytest.raises(UserError, match="after step 1"):
+        checkpoints.set_aside_later(tmp_path, 1)

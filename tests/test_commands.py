@@ -1,6 +1,12 @@
 """`evaluate` and `export` on a run that was trained. Oracles: the run's own metrics, plain transformers, bit-identity."""
 
 import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -43,6 +49,16 @@ def test_export_of_the_last_checkpoint_is_the_exported_model(trained, tmp_path, 
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+@pytest.mark.slow
+def test_export_prints_one_object_and_nothing_else(trained, tmp_path):
+    """Oracle: a process of its own that must find its accelerator, of which DeepSpeed tells on standard output."""
+    folder, _ = trained
+    command = [sys.executable, "-m", "dsfreeze", "export", str(folder / "run"), "-o", str(tmp_path / "out"), "--json"]
+    surroundings = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(done.stdout) == {"folder": str(tmp_path / "out")}
+
+
 def test_a_delta_filled_in_again_is_the_exported_model(trained, tmp_path):
     folder, _ = trained
     delta = export_folder(folder / "run", tmp_path / "delta", delta=True, base=None)
@@ -67,10 +83,43 @@ def test_an_earlier_checkpoint_exports_its_own_weights(trained, tmp_path):
 
 
 def test_folders_that_are_no_run_are_named(tmp_path, capsys):
-    assert run(["export", str(tmp_path), "-o", str(tmp_path / "out")]) == 2
-    assert "no run" in capsys.readouterr().err.replace("\n", " ")
-    assert run(["evaluate", str(tmp_path)]) == 2
-    assert "no exported model" in capsys.readouterr().err.replace("\n", " ")
+    for words in (["export", str(tmp_path), "-o", str(tmp_path / "out")], ["evaluate", str(tmp_path)]):
+        assert run(words) == 2
+        assert f"{tmp_path} is no run" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("source", ["", "checkpoint-3"])
+def test_export_refuses_another_model_and_another_plan(tmp_path, source):
+    """Oracle: the checkpoint's manifest; before, the trained layers were laid over whatever the recipe named by then."""
+    recipe = tiny_recipe(tmp_path, train={"save_strategy": "steps", "max_steps": 3})
+    train(recipe)
+    file = tmp_path / "run" / "recipe.yaml"
+    whole = file.read_text()
+    file.write_text(whole.replace("strategy: bottom", "strategy: top"))
+    with pytest.raises(UserError, match=r"another plan.*'bottom'.*'top'"):
+        export_folder(tmp_path / "run" / source, tmp_path / "out", delta=False, base=None)
+    file.write_text(whole)
+    shutil.rmtree(tmp_path / "model")
+    llama_folder(tmp_path / "model", seed=1)
+    with pytest.raises(UserError, match="was trained from model"):
+        export_folder(tmp_path / "run" / source, tmp_path / "out", delta=False, base=None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluating_a_run_without_a_model_says_what_to_do_and_that_works(tmp_path, capsys):
+    """Oracle: the command in the message, run as it stands; without a checkpoint there is none, and the message says so."""
+    train(tiny_recipe(tmp_path, train={"save_strategy": "steps", "max_steps": 3, "export": False}))
+    assert run(["evaluate", str(tmp_path / "run")]) == 2
+    (command,) = re.findall(r"`dsfreeze (.*?)`", capsys.readouterr().err.replace("\n", " "))
+    assert run(shlex.split(command)) == 0
+    assert run(["evaluate", str(tmp_path / "run"), "--json"]) == 0
+    shutil.rmtree(tmp_path / "run" / "model")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
+    capsys.readouterr()
+    assert run(["evaluate", str(tmp_path / "run")]) == 2
+    assert "no checkpoint to write one from either" in capsys.readouterr().err.replace("\n", " ")
+    assert run(["export", str(tmp_path / "run"), "-o", str(tmp_path / "out")]) == 2
+    assert "no checkpoint to export from" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_an_exported_causal_model_scores_the_same_loss_in_transformers(tmp_path):

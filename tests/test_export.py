@@ -10,13 +10,15 @@ import pytest
 import torch
 from architectures import EXPECTED
 from safetensors.torch import load_file
-from tiny_runs import byte_tokenizer, llama_folder
+from tiny_runs import byte_tokenizer, llama_folder, tiny_recipe
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from dsfreeze.checkpoint import Base
 from dsfreeze.errors import UserError
-from dsfreeze.export import export_delta, export_model, fill_delta
+from dsfreeze.export import export_delta, export_model, fill_delta, require_writable
+from dsfreeze.job import prepare_job
+from dsfreeze.loop import train
 from dsfreeze.model import add_adapters, base_hash, load_model, load_tokenizer, merge_adapters, read_anatomy
 from dsfreeze.plan import Adapter, FreezePlan, Phase
 from dsfreeze.recipe import ModelOptions, Recipe
@@ -167,6 +169,40 @@ def test_some_weights_are_laid_over_the_modules_own(llama: Path, tmp_path: Path)
     assert_same(state(AutoModelForSequenceClassification.from_pretrained(folder)), expected)
 
 
+def test_weights_of_another_model_are_refused_by_name(llama: Path, tmp_path: Path) -> None:
+    trained = Trained(llama)
+    strange = {"model.layers.7.mlp.up_proj.weight": torch.zeros(1)}
+    with pytest.raises(
+        UserError, match=r"hold 'model\.layers\.7\.mlp\.up_proj\.weight'.*LlamaForSequenceClassification lacks"
+    ):
+        trained.export(tmp_path / "model", weights=trained.weights() | strange)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(("task", "tied"), [("causal_lm", True), ("causal_lm", False), ("classification", True)])
+def test_an_export_is_no_larger_than_what_transformers_writes(tmp_path: Path, task: str, tied: bool) -> None:
+    """Oracle: `save_pretrained` of the same module, file sizes and names of tensors; what is tied is stored once."""
+    trained = Trained(llama_folder(tmp_path / "llama", layers=2, tied=tied), task=task)
+    theirs, mine = tmp_path / "theirs", trained.export(tmp_path / "model")
+    trained.module.save_pretrained(theirs)
+    stored = load_file(mine / "model.safetensors")
+    assert stored.keys() == load_file(theirs / "model.safetensors").keys()
+    assert (mine / "model.safetensors").stat().st_size == (theirs / "model.safetensors").stat().st_size
+    assert ("lm_head.weight" in stored) == (task == "causal_lm" and not tied)
+
+
+def test_a_checkpoint_holds_what_trained_and_no_more(tmp_path: Path) -> None:
+    """DeepSpeed #3948: the whole model in every checkpoint of a mostly frozen one. Oracle: the plan, and bytes counted."""
+    recipe = tiny_recipe(tmp_path, train={"save_strategy": "steps", "max_steps": 1, "export": False})
+    trained = dict(prepare_job(recipe).module.named_parameters())
+    plan = FreezePlan.from_json((Path(train(recipe)["record"]) / "plan.json").read_text())
+    weights = tmp_path / "run" / "checkpoint-1" / "weights.safetensors"
+    assert load_file(weights).keys() == plan.ever_trained
+    numbers = sum(4 * trained[name].numel() for name in plan.ever_trained)
+    assert numbers < weights.stat().st_size < 1.1 * numbers
+    assert plan.ever_trained < trained.keys()
+
+
 def test_sampling_options_that_transformers_would_not_write(tmp_path: Path) -> None:
     """Some published models set a temperature without do_sample; transformers loads that and refuses to save it."""
     trained = Trained(llama_folder(tmp_path / "llama", layers=2), task="causal_lm")
@@ -193,13 +229,16 @@ def test_the_card_has_plan_and_figures_and_no_paths(llama: Path, tmp_path: Path)
 
 def test_only_folders_of_ours_are_replaced(llama: Path, tmp_path: Path) -> None:
     trained = Trained(llama)
-    with pytest.raises(UserError, match="was not written by an export"):
-        trained.export(llama)
+    for write in (trained.export, require_writable):
+        with pytest.raises(UserError, match="was not written by an export"):
+            write(llama)
     assert AutoConfig.from_pretrained(llama).num_hidden_layers == 2
     folder = trained.export(tmp_path / "model")
     (folder / "stale").touch()
+    require_writable(folder)
     trained.export(folder)
     assert not (folder / "stale").exists()
+    require_writable(tmp_path / "not-there")
 
 
 def test_a_full_disk_leaves_the_earlier_export(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ def import_deepspeed() -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for handler in logger.handlers:
         if type(handler) is logging.StreamHandler:  # not one that somebody else put there
-            handler.setStream(sys.stderr)
+            handler.stream = sys.stderr  # setStream would flush the former one, which may be closed by now
     # its calls to functions that torch has renamed; nobody here can mend that
     warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed
@@ -163,6 +163,18 @@ def _everyones(value: str) -> list[str]:
     return values
 
 
+def engine_config(recipe: Recipe, plan: FreezePlan, anatomy: Anatomy, world_size: int) -> dict[str, Any]:
+    """What `deepspeed.initialize` gets for this plan on `world_size` ranks; {} for a local recipe.
+
+    `anatomy` is the one whose names the plan uses, as in `Job`: its sizes decide how large buckets are.
+    """
+    if is_local(recipe):
+        return {}
+    numel = {tensor.name: tensor.numel for tensor in anatomy.tensors}
+    largest_set = max(sum(numel[name] for name in phase.trainable) for phase in plan.phases)
+    return deepspeed_config(recipe, world_size, largest_set)
+
+
 def build_engine(module: nn.Module, anatomy: Anatomy, recipe: Recipe, plan: FreezePlan) -> Engine:
     """The engine that `recipe.zero` names, once all ranks have the same plan (collective, within `process_group`)."""
     agree(plan.digest, "the freeze plan")
@@ -172,6 +184,15 @@ def build_engine(module: nn.Module, anatomy: Anatomy, recipe: Recipe, plan: Free
         return LocalEngine(module, anatomy, recipe)
     from dsfreeze.engine.zero import ZeroEngine
 
-    numel = {tensor.name: tensor.numel for tensor in anatomy.tensors}
-    largest_set = max(sum(numel[name] for name in phase.trainable) for phase in plan.phases)
-    return ZeroEngine(module, anatomy, recipe, deepspeed_config(recipe, read_ranks().world_size, largest_set))
+    return ZeroEngine(module, anatomy, recipe, engine_config(recipe, plan, anatomy, read_ranks().world_size))
+
+
+def evaluation_engine(module: nn.Module, anatomy: Anatomy, recipe: Recipe) -> Engine:
+    """An engine that never trains and holds the whole model on every rank (within `process_group` when not alone)."""
+    if read_ranks().world_size == 1:
+        from dsfreeze.engine.local import LocalEngine
+
+        return LocalEngine(module, anatomy, recipe)
+    from dsfreeze.engine.zero import ZeroEngine
+
+    return ZeroEngine(module, anatomy, recipe, {})  # DeepSpeed itself starts when a phase is entered: never, here

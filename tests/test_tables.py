@@ -1,0 +1,38 @@
+"""Tables for people. Oracle: what they show, read as text."""
+
+from io import StringIO
+
+from rich.console import Console
+
+from dsfreeze.tables import comparison_table, summary_table
+
+
+def shown(table) -> str:
+    console = Console(file=StringIO(), width=120)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def summary(**changes):
+    memory = {"optimizer_state": 2048, "masters": 0, "peak": 4096}
+    return {
+        "steps": 3, "loss": 1.0, "trainable": 10, "total": 40, "flops_vs_full": 0.5, "seconds_per_step": 0.1, "memory": memory,
+        "metrics": {}, "never_moved": [], "record": "runs/mine", "model": None, **changes,
+    }  # fmt: skip
+
+
+def test_a_comparison_of_runs_that_evaluated_shows_both_ends():
+    metrics = {"before": {"loss": 2.0, "accuracy": 0.25}, "after": {"loss": 1.0, "accuracy": 0.75}}
+    lines = [line.split() for line in shown(comparison_table(summary(metrics=metrics), summary())).splitlines()]
+    found = [[word for word in line if word not in "│┃"] for line in lines]
+    assert ["accuracy", "before", "0.250"] in found
+    assert ["accuracy", "after", "0.750"] in found
+
+
+def test_a_run_that_evaluated_nothing_has_no_accuracy_and_one_without_a_model_names_none():
+    """data.eval: null leaves no metrics, a resumed run may lack `before`, train.export: false leaves no model."""
+    text = shown(comparison_table(summary(), summary()))
+    assert "accuracy" not in text
+    assert "peak memory" in text
+    assert "0.750" in shown(comparison_table(summary(metrics={"after": {"accuracy": 0.75}}), summary()))
+    assert "None" not in shown(summary_table(summary()))
