@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from dsfreeze.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, open_checkpoint, require_same
-from dsfreeze.engine.process import agree, evaluation_engine, process_group
+from dsfreeze.engine.process import agree, evaluation_engine, process_group, together
 from dsfreeze.engine.ranks import read_ranks
 from dsfreeze.errors import UserError
 from dsfreeze.evaluation import evaluate
@@ -46,7 +46,7 @@ def evaluate_recipe(recipe: Recipe) -> dict[str, float]:
     """Metrics of the recipe's model on its evaluation data; several ranks hold the whole model each, and share the data."""
     with process_group(recipe) if read_ranks().world_size > 1 else nullcontext():
         agree(hashlib.sha256(recipe.model_dump_json().encode()).hexdigest(), "the recipe")
-        _, data, module = load_task(recipe)
+        _, data, module = together(lambda: load_task(recipe))
         if data.eval is None:
             raise UserError("The recipe has no evaluation data; name some in data.eval.")
         engine = evaluation_engine(module, read_anatomy(module, recipe.model.name), recipe)

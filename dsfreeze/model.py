@@ -150,16 +150,16 @@ def locate(name: str) -> str:
             "folder."
         )
     path = Path(name).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix == ".gguf" and os.path.isfile(path):  # os.path answers no to a name too long, Path raises
         return str(gguf_folder(path))
-    if path.is_dir():
+    if os.path.isdir(path):
         if not (path / "config.json").is_file():
             raise UserError(
                 f"{path} is no model folder: it has no config.json. A run's exported model is in RUN/model."
             )
         return str(path)
-    if path.exists() or path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        what = "is a file, not a folder or .gguf file" if path.exists() else "does not exist"
+    if os.path.exists(path) or path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        what = "is a file, not a folder or .gguf file" if os.path.exists(path) else "does not exist"
         raise UserError(f"Model '{name}' {what}.{did_you_mean(name, EMBEDDED)}")
     return name
 
@@ -175,7 +175,7 @@ def _read_config(options: ModelOptions) -> PreTrainedConfig:
         with quiet_transformers():
             return AutoConfig.from_pretrained(source, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        if Path(source).is_dir():
+        if os.path.isdir(source):
             raise UserError(f"{Path(source) / 'config.json'} cannot be used: {_first_line(error)}.") from error
         raise UserError(
             f"No model '{options.name}': it is neither a folder nor an embedded model, and as a hub id it could not be "
@@ -258,7 +258,7 @@ def _from_pretrained(
     except SafetensorError as error:
         raise UserError(_corrupt(source, error)) from error
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        if Path(source).is_dir():
+        if os.path.isdir(source):
             _require_safetensors(Path(source))
         raise UserError(f"Model '{options.name}' cannot be loaded: {_first_line(error)}.") from error
 

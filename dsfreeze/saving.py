@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,14 @@ from dsfreeze import checkpoint as checkpoints
 from dsfreeze.checkpoint import Checkpoint
 from dsfreeze.engine import Engine
 from dsfreeze.engine.process import agree, together
+from dsfreeze.engine.ranks import read_ranks
 from dsfreeze.errors import UserError
-from dsfreeze.export import export_model
+from dsfreeze.export import export_model, require_writable
 from dsfreeze.job import Job
 from dsfreeze.record import SUMMARY, require_free
+
+#: Folder of the exported model, within output_dir.
+MODEL = "model"
 
 
 def find_start(job: Job, total_steps: int, global_batch_size: int) -> Checkpoint | None:
@@ -25,10 +29,24 @@ def find_start(job: Job, total_steps: int, global_batch_size: int) -> Checkpoint
     when the ranks see different ones; and when the folder holds what is not ours.
     """
     found = together(lambda: _find_checkpoint(job, total_steps, global_batch_size))
-    together(lambda: require_free(job.output_dir, job.plan, resume=found is not None))
+    together(lambda: _require_room(job, resume=found is not None))
     manifest = json.dumps(found.manifest, sort_keys=True) if found else ""
     agree(hashlib.sha256(manifest.encode()).hexdigest(), "the checkpoint to resume from")
+    if found is not None:
+        step = found.step
+        _on_leader(lambda: checkpoints.set_aside_later(job.output_dir, step))
     return found
+
+
+def _require_room(job: Job, *, resume: bool) -> None:
+    require_free(job.output_dir, job.plan, resume=resume)
+    if job.recipe.train.export:
+        require_writable(job.output_dir / MODEL)
+
+
+def _on_leader(write: Callable[[], object]) -> None:
+    """Let rank 0 write; its failure is an error on every rank (collective)."""
+    together(write if read_ranks().rank == 0 else lambda: None)
 
 
 def _find_checkpoint(job: Job, total_steps: int, global_batch_size: int) -> Checkpoint | None:
@@ -60,26 +78,20 @@ def _require_same_batch(job: Job, theirs: int, ours: int) -> None:
 def save_checkpoint(engine: Engine, job: Job, step: int, trainer_state: Mapping[str, Any]) -> Path:
     """Write checkpoint-`step`; returns the folder (collective)."""
     state = engine.export_state()
-
-    def write() -> None:
-        if engine.rank == 0:
-            keep = job.recipe.train.save_total_limit
-            checkpoints.save(job.output_dir, step, state, job.plan, job.base, trainer_state, keep=keep)
-
-    together(write)
-    return job.output_dir / f"checkpoint-{step}"
+    folder, keep = job.output_dir / f"{checkpoints.PREFIX}{step}", job.recipe.train.save_total_limit
+    _on_leader(
+        lambda: checkpoints.save(job.output_dir, step, state, job.plan, job.base, trainer_state, keep=keep)
+    )
+    return folder
 
 
 def save_model(engine: Engine, job: Job, metrics: Mapping[str, float]) -> Path:
     """Write the trained model to output_dir/model; returns the folder (collective)."""
-    folder = job.output_dir / "model"
+    folder = job.output_dir / MODEL
     weights = engine.export_weights(t.name for t in job.anatomy.tensors)
-
-    def write() -> None:
-        if engine.rank == 0:
-            export_model(
-                folder, job.module, job.tokenizer, weights=weights, plan=job.plan, recipe=job.recipe, metrics=metrics
-            )
-
-    together(write)
+    _on_leader(
+        lambda: export_model(
+            folder, job.module, job.tokenizer, weights=weights, plan=job.plan, recipe=job.recipe, metrics=metrics
+        )
+    )
     return folder

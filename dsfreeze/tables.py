@@ -37,7 +37,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         ("trainable", f"{million(summary['trainable'])} of {million(summary['total'])} parameters "
                       f"({100 * summary['trainable'] / summary['total']:.1f} %)"),
         ("FLOPs per token", f"{100 * summary['flops_vs_full']:.0f} % of full tuning"),
-        ("seconds per step", f"{summary['seconds_per_step']:.3f} (median)"),
+        ("seconds per step", f"{summary['seconds_per_step']:.3f} (median)" if summary["seconds_per_step"] else "no step was left"),
         ("optimizer state", f"{gib(memory['optimizer_state'] + memory['masters'])} (masters and moments, this rank)"),
         ("peak memory", gib(memory["peak"])),
     ]  # fmt: skip
