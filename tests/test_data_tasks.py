@@ -104,7 +104,6 @@ def test_names_come_from_a_text_column(tmp_path: Path) -> None:
         (1, {"text": "tex"}, "no column 'tex'.*Did you mean 'text'"),
         (1, {"metrics": ["acuracy"]}, "'acuracy' does not exist.*Did you mean 'accuracy'"),
         (1, {"metrics": ["bleu"]}, "'bleu' is not for this task"),
-        (1, {"packing": True}, "data.packing is for sft"),
     ],
 )
 def test_label_mistakes_name_the_row(tmp_path: Path, bad: Any, options: dict[str, Any], message: str) -> None:
