@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 from random import Random
@@ -322,6 +325,28 @@ def test_count_beyond_the_layers():
 def test_everything_frozen():
     with pytest.raises(UserError, match="nothing to train"):
         plan_of(anatomies.llama(), fraction=1.0, norm="freeze", head="freeze")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["freeze.fraction=1.0", "freeze.norm=freeze", "freeze.head=freeze"], "nothing to train"),
+        (["freeze.trainable=modle.layers.2"], "model.layers.2"),
+        (["freeze.trainable=layers.["], "unfinished bracket"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused_before_deepspeed_is_imported(words, message):
+    """Oracle: exit code, message and sys.modules of a fresh process. DeepSpeed itself says IndexError, or nothing."""
+    code = (
+        "import sys; from dsfreeze.__main__ import main\n"
+        f"sys.argv = ['dsfreeze', 'plan', 'model=smollm2-135m', *{words}]\n"
+        "try: main()\n"
+        "except SystemExit as end: print(end.code, [m for m in ('torch', 'deepspeed') if m in sys.modules])"
+    )
+    env = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "2 []", done.stderr
+    assert message in " ".join(done.stderr.split())
 
 
 def test_unknown_strategy_has_a_nearest_name():
