@@ -1,4 +1,8 @@
-"""Bytes of masters, moments and gradients counted from the live objects of a ZeRO engine, against what the plan says, at stages 0-3."""
+"""Bytes of masters, moments and gradients counted from the live objects of a ZeRO engine, against what the plan says, at stages 0-3.
+
+Gradients are counted between backward and step, masters and moments after the step. One process, so nothing is sharded; the figures
+of two ranks are tests/distributed/test_zero_engine.py's.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +38,14 @@ def measure(stage: int, bf16: bool, freeze: dict, batch: dict[str, torch.Tensor]
     engine = build_engine(module, anatomy, recipe, plan)
     engine.enter(plan.phases[0])
     engine.forward_backward(batch, 1.0)
+    gradients = engine.memory().gradients  # a step ends with them dropped
     engine.step(1e-4)
-    cost = estimate(anatomy, plan, stage=stage, dtype_bytes=2 if bf16 else 4)
     memory = engine.memory()
+    engine.close()
+    cost = estimate(anatomy, plan, stage=stage, dtype_bytes=2 if bf16 else 4)
     return {
-        "counted": {"masters": memory.masters, "optimizer_state": memory.optimizer_state},
-        "by_plan": {"masters": cost.masters, "optimizer_state": cost.optimizer_state},
+        "counted": {"masters": memory.masters, "optimizer_state": memory.optimizer_state, "gradients": gradients},
+        "by_plan": {"masters": cost.masters, "optimizer_state": cost.optimizer_state, "gradients": cost.gradients},
     }
 
 

@@ -6,10 +6,12 @@ writes docs/recipe.md from the docstrings here. No torch.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails
 
 OPTIMIZERS = ("adamw_torch",)
 TASKS = ("classification", "tokens", "causal_lm", "sft", "seq2seq")
@@ -22,6 +24,37 @@ Strategy = Literal[
 Texts = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
+#: What a file of scores looks like, for messages.
+SCORES_FORM = '{"scores": {"layers.0": 0.12, ...}}'
+
+_BY_FRACTION = ("bottom", "top", "random", "middle", "ranked", "bitfit", "norms", "attention", "lora", "dora")
+_BY_NUMBER = (*_BY_FRACTION, "interval")
+#: The strategies that read a key of `freeze:`; the others refuse it. Keys that are not here are read by all.
+FREEZE_KEYS: dict[str, tuple[str, ...]] = {
+    "fraction": (*_BY_NUMBER, "full", "head"),  # these two say aloud that they do not use it: it is a natural override
+    "count": (*_BY_NUMBER, "full", "head"),
+    "round": _BY_FRACTION,
+    "offset": ("interval",),
+    "granularity": _BY_NUMBER,
+    "seed": ("random",),
+    "scores": ("ranked",),
+    "trainable": ("patterns",),
+    "frozen": ("patterns",),
+    "unfrozen_parameters": ("patterns",),
+    "freeze_trainable_layers": ("patterns",),
+}
+#: The tasks that read a key of `data:`, likewise.
+DATA_KEYS: dict[str, tuple[str, ...]] = {
+    "label": ("classification", "tokens"),
+    "labels": ("classification", "tokens"),
+    "num_labels": ("classification", "tokens"),
+    "format": ("sft",),
+    "answer_only": ("sft",),
+    "packing": ("sft",),
+    "prefix": ("seq2seq",),
+    "max_new_tokens": ("sft", "seq2seq"),
+}
+
 
 class Section(BaseModel):
     """A part of the recipe: immutable, no unknown keys, its attribute docstrings are the documentation."""
@@ -29,6 +62,28 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+
+def _refuse_unread(
+    section: Section, keys: dict[str, tuple[str, ...]], chooser: str, chosen: str, *, inside: str = ""
+) -> None:
+    """Raise one error for every key of `section` that differs from its default though `chosen` does not read it.
+
+    Equal to the default is as good as not given: a resolved recipe, with all defaults written out, is one too.
+    """
+    mistakes = []
+    for name, readers in keys.items():
+        value, default = getattr(section, name), type(section).model_fields[name].get_default()
+        if chosen in readers or value == default:
+            continue
+        told = ValueError(
+            f"{chooser} '{chosen}' does not read it (only {', '.join(readers)}). "
+            f"Change {chooser}, or leave this key at its default, {json.dumps(default)}."
+        )
+        where = (inside, name) if inside else (name,)
+        mistakes.append(InitErrorDetails(type="value_error", loc=where, input=value, ctx={"error": told}))
+    if mistakes:
+        raise ValidationError.from_exception_data(type(section).__name__, mistakes)
 
 
 class ModelOptions(Section):
@@ -79,7 +134,8 @@ class DataOptions(Section):
     prefix: str = ""
     """seq2seq: text before every source ("translate English to German: ")."""
     metrics: Texts | None = None
-    """Evaluation metrics; None takes the task's own (see `dsfreeze evaluate --help`)."""
+    """Evaluation metrics; None takes the task's own. Of: accuracy, f1, f1_macro, matthews, pearson, spearman,
+    entity_f1, perplexity, rouge, bleu, exact_match."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
     """Longest generated answer, for metrics that generate (rouge, bleu, exact_match)."""
 
@@ -133,7 +189,7 @@ class FreezeOptions(Section):
     seed: Seed = 42
     """random: seed of the draw."""
     scores: Path | None = None
-    """ranked: file of scores; the lowest-scored units are frozen."""
+    """ranked: a JSON file of scores, {"scores": {"layers.0": 0.12, ...}}; the lowest-scored units are frozen."""
     trainable: Texts | None = None
     """patterns: globs on whole path components (`layers.1.*` never means layers.10); what they match trains, the rest
     is frozen."""
@@ -156,10 +212,13 @@ class FreezeOptions(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> FreezeOptions:
+        _refuse_unread(self, FREEZE_KEYS, "freeze.strategy", self.strategy)
         if self.fraction is not None and self.count is not None:
             raise ValueError("fraction and count exclude each other; keep one")
+        if self.count is not None and self.round != "floor":
+            raise ValueError("round is about a fraction of the units, and count is a whole number; keep one")
         if self.strategy == "ranked" and self.scores is None:
-            raise ValueError("strategy 'ranked' needs freeze.scores, a file that `dsfreeze analyze` writes")
+            raise ValueError(f"strategy 'ranked' needs freeze.scores, a JSON file such as {SCORES_FORM}")
         named = self.trainable or self.frozen or self.unfrozen_parameters or self.freeze_trainable_layers is not None
         if self.strategy == "patterns" and not named:
             raise ValueError("strategy 'patterns' needs freeze.trainable or freeze.frozen, a list of patterns")
@@ -286,3 +345,8 @@ class Recipe(Section):
     @classmethod
     def _name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _agree(self) -> Recipe:
+        _refuse_unread(self.data, DATA_KEYS, "task", self.task, inside="data")
+        return self

@@ -179,9 +179,10 @@ def _validate(draft: Draft) -> Recipe:
         try:
             return Recipe.model_validate(values)
         except ValidationError as error:
+            before = frozenset(removed)
             for problem in error.errors(include_url=False):
                 key = _key(problem["loc"])
-                if not _follows_from(removed, key, problem):
+                if not _follows_from(before, key, problem):
                     draft.blame(key, _wording(key, problem))
                 if problem["type"] == "missing":
                     _put(values, key, "missing")
@@ -190,9 +191,14 @@ def _validate(draft: Draft) -> Recipe:
                 removed.add(key)
 
 
-def _follows_from(removed: set[Key], key: Key, problem: Any) -> bool:
-    """Whether a mistake appeared only because a wrong value was taken out before."""
-    return any(gone[: len(key)] == key and (gone == key or str(gone[-1]) in problem["msg"]) for gone in removed)
+def _follows_from(removed: frozenset[Key], key: Key, problem: Any) -> bool:
+    """Whether a mistake appeared only because a wrong value was taken out before: one inside `key`, or one (such as
+    freeze.strategy or task) that `key` is said not to go with."""
+
+    def blames(gone: Key) -> bool:
+        return str(gone[-1]) in problem["msg"] if gone[: len(key)] == key else _dotted(gone) in problem["msg"]
+
+    return any(gone == key or blames(gone) for gone in removed)
 
 
 def _wording(key: Key, problem: Any) -> str:

@@ -14,7 +14,7 @@ from dsfreeze.anatomy import Anatomy, load_shipped, shipped
 from dsfreeze.errors import UserError
 from dsfreeze.estimate import estimate
 from dsfreeze.plan import FreezePlan
-from dsfreeze.recipe import FreezeOptions
+from dsfreeze.recipe import FREEZE_KEYS, FreezeOptions
 from dsfreeze.strategies import STRATEGIES, make_plan
 
 SMALL = anatomies.everything()
@@ -56,7 +56,7 @@ def options_of(strategy: str, scores_file: str | None = None) -> Iterator[Freeze
         return
     yield FreezeOptions(strategy=strategy, **more)
     yield FreezeOptions(strategy=strategy, adapter={"categories": ["q", "o"]}, **more)
-    for granularity in GRANULARITIES:
+    for granularity in GRANULARITIES if strategy in FREEZE_KEYS["granularity"] else ():
         if granularity == "bias" and strategy in ("norms", "attention"):
             continue  # two kinds at once: a model may have no tensor that is both
         for fraction in (0.25, 0.5, 0.75):

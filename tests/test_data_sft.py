@@ -136,8 +136,10 @@ def test_chats_whose_answer_is_cut_off_are_left_out(tmp_path: Path, caplog: pyte
     with caplog.at_level(logging.WARNING):
         data = prepared("sft", chat_tokenizer(), train=rows_file(tmp_path, rows), max_length=60)
     assert len(data.train) == 1
-    assert "left out 1 chats" in caplog.text
-    with pytest.raises(UserError, match=r"no answer begins within data\.max_length = 30"):
+    assert "left out 1 of 2 examples" in caplog.text
+    with pytest.raises(
+        UserError, match=r"all \d+ examples are without an answer that begins within data\.max_length = 30"
+    ):
         prepared("sft", chat_tokenizer(), train=rows_file(tmp_path, rows), max_length=30)
 
 

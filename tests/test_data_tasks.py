@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,14 @@ def test_labels_by_name_and_by_number(
     assert [data.train[i]["labels"] for i in range(3)] == expected
 
 
+@pytest.mark.parametrize("label", ["yes", 0, None])
+def test_one_class_is_refused(tmp_path: Path, label: Any) -> None:
+    """One label would be read as a regression by model, metrics and loss scale."""
+    path = rows_file(tmp_path, [{"text": "x", "label": label}] * 3)
+    with pytest.raises(UserError, match=r"nothing to tell apart.*name all classes in data\.labels"):
+        prepared("classification", train=path)
+
+
 def test_names_come_from_a_text_column(tmp_path: Path) -> None:
     rows = [{"text": "x", "label": i, "label_text": name} for i, name in ((1, "bad"), (0, "good"))]
     assert prepared("classification", train=rows_file(tmp_path, rows)).labels == ("good", "bad")
@@ -99,12 +108,12 @@ def test_names_come_from_a_text_column(tmp_path: Path) -> None:
         ("one", {"num_labels": 1}, "row 2: 'label' is 'one', which is no number"),
         (1, {"labels": ["a", "b"], "num_labels": 3}, "data.num_labels is 3, but there are 2 labels"),
         (1, {"labels": ["a", "a"]}, "names a class twice"),
+        (1, {"labels": ["b"]}, "data.labels names fewer than two classes"),
         (1, {"labels": ["a", "b"], "num_labels": 1}, "exclude each other"),
         (1, {"label": "lable"}, "no column 'lable'.*Did you mean 'label'"),
         (1, {"text": "tex"}, "no column 'tex'.*Did you mean 'text'"),
         (1, {"metrics": ["acuracy"]}, "'acuracy' does not exist.*Did you mean 'accuracy'"),
         (1, {"metrics": ["bleu"]}, "'bleu' is not for this task"),
-        (1, {"packing": True}, "data.packing is for sft"),
     ],
 )
 def test_label_mistakes_name_the_row(tmp_path: Path, bad: Any, options: dict[str, Any], message: str) -> None:
@@ -197,6 +206,45 @@ def test_tag_mistakes_name_the_row(tmp_path: Path, row: dict[str, Any], message:
         prepared("tokens", train=path, labels=["O", "B-PER"])
 
 
+def test_tags_of_one_kind_are_refused(tmp_path: Path) -> None:
+    """Oracle: num_labels = 1 is a regression's; with the classes named, the same rows are fine."""
+    path = rows_file(tmp_path, [{"tokens": ["a", "b"], "tags": ["O", "O"]}])
+    with pytest.raises(UserError, match=r"holds one class alone, 'O'.*nothing to tell apart"):
+        prepared("tokens", train=path)
+    assert prepared("tokens", train=path, labels=["O", "B-PER"]).num_labels == 2
+
+
+def test_rows_whose_words_give_no_token_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Oracle: by hand, one token a byte and 4 tokens at most: a row without words, one with empty ones, one whose only
+    word lies beyond. Each of them alone would be a batch with nothing to divide by."""
+    rows = [{"tokens": [], "tags": []}, {"tokens": ["", ""], "tags": ["O", "O"]}, {"tokens": ["ab", "c"], "tags": ["O", "B-X"]},
+            {"tokens": ["", "    ", "d"], "tags": ["O", "O", "B-X"]}]  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        data = prepared("tokens", train=rows_file(tmp_path, rows), max_length=4)
+    assert data.train.num_items.tolist() == [2, 1]
+    assert data.train[0]["labels"] == [0, -100, -100, 1]
+    assert "left out 2 of 4 examples" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "options"),
+    [
+        ("tokens", {"tokens": [], "tags": []}, {"labels": ["O", "B-X"]}),
+        ("tokens", {"tokens": [""], "tags": ["O"]}, {"labels": ["O", "B-X"]}),
+        ("seq2seq", {"source": "x", "target": ""}, {}),
+        ("sft", {"question": "x" * 99, "answer": "y"}, {"max_length": 8}),
+    ],
+)
+def test_data_without_a_single_item_are_refused(tmp_path: Path, task: str, row: dict, options: dict) -> None:
+    """An evaluation set of such rows as well as a training set; the tokenizer ends nothing, so that empty is empty."""
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    path = rows_file(tmp_path, [row] * 2)
+    for role in ("train", "eval"):
+        with pytest.raises(UserError, match=r"rows\.jsonl: there is nothing to learn from: all 2 examples are without"):
+            prepared(task, tokenizer, **{"train": None, role: path, **options})
+
+
 # -- causal_lm -----------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +264,10 @@ def test_documents_are_joined_and_cut_without_loss(tmp_path: Path) -> None:
 def test_a_table_of_empty_documents_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no text"):
         prepared("causal_lm", train=rows_file(tmp_path, [{"text": " "}]))
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="holds 1 tokens in all"):
+        prepared("causal_lm", tokenizer, train=rows_file(tmp_path, [{"text": "x"}]))
 
 
 # -- seq2seq -------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from itertools import pairwise
 import anatomies
 import pytest
 
+from dsfreeze.anatomy import Anatomy, Layer, Tensor
 from dsfreeze.errors import UserError
 from dsfreeze.estimate import Estimate, estimate
 from dsfreeze.plan import FreezePlan
@@ -188,6 +189,37 @@ class TestBytes:
     def test_what_does_not_exist(self, wrong, message):
         with pytest.raises(UserError, match=message):
             price(TOY, {}, **wrong)
+
+
+class TestAgainstDeepSpeedsEstimator:
+    """Oracle: DeepSpeed's own estimator, in bf16, nothing frozen. What it counts more is what ours leaves out and says so: an
+    fp32 gradient (4 bytes an element beside the bf16 one at stage 2, 2 in its place at stage 3), which 0.19.8 does not keep
+    (see the bytes counted in test_zero_engine.py), and the largest gathered layer."""
+
+    LINEARS = Anatomy("linears", "linear", tuple(
+        Layer(f"layers.{i}", (Tensor(f"{i}.weight", (512, 512), "other"), Tensor(f"{i}.bias", (512,), "bias")), f"{i}")
+        for i in range(8)
+    ))  # fmt: skip
+
+    @pytest.mark.parametrize("world_size", [1, 2, 8])
+    def test_nothing_frozen(self, world_size):
+        stage12 = pytest.importorskip("deepspeed.runtime.zero.stage_1_and_2")
+        stage3 = pytest.importorskip("deepspeed.runtime.zero.stage3")
+        total, layer = 2_101_248, 262_656
+        _, at_2 = stage12.estimate_zero2_model_states_mem_needs(total, world_size, 1, cpu_offload=False)
+        _, at_3, gathered = stage3.estimate_zero3_model_states_mem_needs(
+            total, layer, world_size, 1, cpu_offload=False, cpu_offload_params=False
+        )
+        shard = total // world_size
+        for stage, theirs in ((2, at_2 - 4 * shard), (3, at_3 - gathered - 2 * shard)):
+            cost = price(self.LINEARS, {"strategy": "full"}, stage=stage, world_size=world_size, dtype_bytes=2)
+            assert cost.weights + cost.gradients + cost.masters + cost.optimizer_state == theirs
+
+    def test_frozen_parameters_are_not_trainable_ones(self):
+        """Oracle: by hand; DeepSpeed's counter says 2,101,248 of this, as if all trained."""
+        cost = price(self.LINEARS, {"count": 7})
+        assert (cost.total, cost.trainable) == (2_101_248, 262_656)
+        assert (cost.optimizer_state, cost.gradients) == (8 * 262_656, 4 * 262_656)
 
 
 def test_adapters_in_place_or_not_give_one_price():

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dsfreeze.errors import UserError
-from dsfreeze.recipe import Recipe
+from dsfreeze.metrics import METRICS
+from dsfreeze.quickstart import FULL, RECIPE
+from dsfreeze.recipe import DataOptions, Recipe
 from dsfreeze.recipe_reader import load_recipe
 from dsfreeze.recipe_reference import recipe_reference, sections
 from dsfreeze.recipe_yaml import dump_yaml, parse_value, parse_yaml
@@ -119,7 +121,7 @@ def test_overrides_take_plain_texts_whole_and_brackets_as_yaml(word, key, value)
 
 
 def test_a_prefix_keeps_its_last_blank():
-    recipe = load_recipe(None, ["model=m", "data.prefix=translate English to German: "])
+    recipe = load_recipe(None, ["model=m", "task=seq2seq", "data.prefix=translate English to German: "])
     assert recipe.data.prefix == "translate English to German: "
 
 
@@ -183,7 +185,7 @@ def test_galore_is_refused_with_the_optimizers_that_work_and_why(written):
     ("text", "words", "expected"),
     [
         ("model: a\nfreeze: {fraction: 0.5, count: 3}\ntrain: {max_steps: x}", [], ["2 mistakes", "freeze: fraction"]),
-        ("model: a\nfreeze: {strategy: ranked}", [], [":2: freeze: strategy 'ranked' needs freeze.scores"]),
+        ("model: a\nfreeze: {strategy: ranked}", [], [":2: freeze: strategy 'ranked' needs freeze.scores", '{"scores": {"layers.0": 0.12']),
         ("model: a\nfreeze: {strategy: ranked, scores: [3]}", [], [":2: freeze.scores: is [3]; it takes a path"]),
         ("model: a\nfreeze: 3\nadapter: 1", [], ["freeze: is 3; it is a section with the keys", "'freeze.adapter'"]),
         ("model: {dropout: 0.1}", [], [":1: model.name: is missing"]),
@@ -250,6 +252,81 @@ def test_a_mistake_is_told_once_without_its_consequences(written):
     message = told(written("model: a\nfreeze: {strategy: ranked, scores: [3]}"))
     assert message.count("\n") == 0
     assert "it takes a path" in message
+
+
+UNREAD = """\
+model: m
+task: sft
+data:
+  prefix: "to German: "
+  label: tags
+freeze:
+  strategy: bottom
+  scores: scores.json
+  offset: 1
+  seed: 7
+  fraction: 0.5
+  round: floor
+"""
+
+
+def test_a_key_that_nothing_reads_is_a_mistake_with_its_line(written):
+    """Oracle: the lines of UNREAD, counted by hand; `round: floor` is the default and says nothing."""
+    header, *lines = told(written(UNREAD)).splitlines()
+    expected = [(4, "data.prefix: task 'sft'", "seq2seq"), (5, "data.label: task 'sft'", "classification, tokens"),
+                (8, "freeze.scores: freeze.strategy 'bottom'", "ranked"),
+                (9, "freeze.offset: freeze.strategy 'bottom'", "interval"),
+                (10, "freeze.seed: freeze.strategy 'bottom'", "random")]  # fmt: skip
+    assert header == f"{len(expected)} mistakes:"
+    for line, (number, start, readers) in zip(lines, expected, strict=True):
+        assert f"recipe.yaml:{number}: {start} does not read it (only {readers})." in line
+        assert "leave this key at its default" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "beginning"),
+    [
+        (["freeze.strategy=head", "freeze.granularity=matrix"], "command line: freeze.granularity: freeze.strategy 'head'"),
+        (["freeze.strategy=full", "freeze.granularity=bias"], "command line: freeze.granularity: freeze.strategy 'full'"),
+        (["freeze.trainable=head", "freeze.granularity=bias"], "command line: freeze.granularity: freeze.strategy 'patterns'"),
+        (["freeze.strategy=top", "freeze.trainable=head"], "command line: freeze.trainable: freeze.strategy 'top'"),
+        (["freeze.trainable=head", "freeze.fraction=0.5"], "command line: freeze.fraction: freeze.strategy 'patterns'"),
+        (["freeze.strategy=interval", "freeze.round=ceil"], "command line: freeze.round: freeze.strategy 'interval'"),
+        (["freeze.count=2", "freeze.round=ceil"], "command line: freeze: round is about a fraction"),
+        (["data.packing=true"], "command line: data.packing: task 'classification' does not read it (only sft)"),
+        (["task=causal_lm", "data.max_new_tokens=9"], "command line: data.max_new_tokens: task 'causal_lm'"),
+    ],
+)  # fmt: skip
+def test_keys_that_contradict_strategy_or_task(words, beginning):
+    assert told(None, "model=m", *words).startswith(beginning)
+
+
+def test_a_misspelt_strategy_or_task_makes_no_key_unread(written):
+    """What would be said of the default strategy and task is a consequence, not a second mistake."""
+    message = told(written("model: m\ntask: snt\ndata: {packing: true}\nfreeze: {strategy: rankd, scores: x.json}"))
+    header, *lines = message.splitlines()
+    assert header == "2 mistakes:"
+    assert "'sft'" in lines[0]
+    assert "'ranked'" in lines[1]
+
+
+@pytest.mark.parametrize(
+    "words", [["task=sft", "data.packing=true"], ["freeze.strategy=interval", "freeze.offset=0"], []]
+)
+def test_a_resolved_recipe_is_read_again(words, written):
+    """Oracle: the recipe itself; in its dump every key is given, most of them at their defaults."""
+    recipe = load_recipe(None, ["model=m", *words])
+    assert load_recipe(written(dump_yaml(recipe.model_dump(mode="json")))) == recipe
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_recipes_are_read(file):
+    assert load_recipe(file).model.name
+
+
+def test_both_halves_of_the_quickstart_are_read():
+    assert load_recipe(None, RECIPE).freeze.fraction == 0.75
+    assert load_recipe(None, [*RECIPE, *FULL]).freeze.strategy == "full"
 
 
 def test_recipes_are_immutable():
@@ -386,6 +463,12 @@ def test_what_is_dumped_is_read_back(value):
 def test_the_reference_page_is_up_to_date():
     """Oracle: the models. Mend with `python -m dsfreeze.recipe_reference > docs/recipe.md`."""
     assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == recipe_reference()
+
+
+def test_the_metrics_are_listed():
+    """Oracle: the METRICS that an evaluation knows."""
+    listed = DataOptions.model_fields["metrics"].description.partition("Of: ")[2]
+    assert listed.rstrip(".").replace("\n", " ").split(", ") == list(METRICS)
 
 
 def test_every_key_is_documented():

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 from random import Random
 
 import anatomies
@@ -12,7 +16,7 @@ import pytest
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.errors import UserError
 from dsfreeze.plan import FreezePlan
-from dsfreeze.recipe import FreezeOptions, Strategy
+from dsfreeze.recipe import FREEZE_KEYS, FreezeOptions, Strategy
 from dsfreeze.strategies import STRATEGIES, make_plan
 from dsfreeze.strategies.static import every_nth
 
@@ -309,7 +313,7 @@ class TestRanked:
             plan_of(anatomies.llama(), strategy="ranked", scores=path)
 
     def test_missing_file(self, tmp_path):
-        with pytest.raises(UserError, match="no file"):
+        with pytest.raises(UserError, match=r'no file .*\{"scores": \{"layers\.0"'):
             plan_of(anatomies.llama(), strategy="ranked", scores=tmp_path / "none.json")
 
 
@@ -323,6 +327,28 @@ def test_everything_frozen():
         plan_of(anatomies.llama(), fraction=1.0, norm="freeze", head="freeze")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["freeze.fraction=1.0", "freeze.norm=freeze", "freeze.head=freeze"], "nothing to train"),
+        (["freeze.trainable=modle.layers.2"], "model.layers.2"),
+        (["freeze.trainable=layers.["], "unfinished bracket"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused_before_deepspeed_is_imported(words, message):
+    """Oracle: exit code, message and sys.modules of a fresh process. DeepSpeed itself says IndexError, or nothing."""
+    code = (
+        "import sys; from dsfreeze.__main__ import main\n"
+        f"sys.argv = ['dsfreeze', 'plan', 'model=smollm2-135m', *{words}]\n"
+        "try: main()\n"
+        "except SystemExit as end: print(end.code, [m for m in ('torch', 'deepspeed') if m in sys.modules])"
+    )
+    env = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "2 []", done.stderr
+    assert message in " ".join(done.stderr.split())
+
+
 def test_unknown_strategy_has_a_nearest_name():
     options = FreezeOptions().model_copy(update={"strategy": "buttom"})
     with pytest.raises(UserError, match="'bottom'"):
@@ -334,6 +360,36 @@ def test_a_number_that_means_nothing_is_said():
     plan = plan_of(anatomies.llama(), strategy="full", fraction=0.5)
     assert frozen_layers(anatomies.llama(), strategy="full", fraction=0.5) == set()
     assert any("not used" in note for note in plan.notes)
+
+
+#: A value for each key of FREEZE_KEYS that changes the plan of a strategy that reads it.
+TOLD = {
+    "fraction": {"fraction": 0.75}, "count": {"count": 1}, "round": {"fraction": 0.1, "round": "ceil"}, "offset": {"offset": 0},
+    "granularity": {"granularity": "matrix", "fraction": 0.4}, "seed": {"seed": 5}, "scores": {"scores": "scores.json"},
+    "trainable": {"trainable": ["layers.1"]}, "frozen": {"frozen": ["layers.2.attention"]}, "unfrozen_parameters": {"unfrozen_parameters": ["bert"]},
+    "freeze_trainable_layers": {"freeze_trainable_layers": 2},
+}  # fmt: skip
+#: Read in order to say that they are not used (see test_a_number_that_means_nothing_is_said).
+SAID_UNUSED = {(strategy, key) for strategy in ("full", "head") for key in ("fraction", "count")}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_table_of_keys_is_what_strategies_do(strategy, tmp_path, monkeypatch):
+    """Oracle: the plan, which a key changes exactly where FREEZE_KEYS says that the strategy reads it."""
+    monkeypatch.chdir(tmp_path)
+    anatomy = anatomies.bert(depth=4)
+    for name, lowest in (("own", "layers.3"), ("scores", "layers.0")):
+        scores = {layer.name: float(layer.name != lowest) for layer in anatomy.blocks}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"scores": scores | dict.fromkeys(anatomy.by_name, 0.0)}))
+    required: dict = {"ranked": {"scores": Path("own.json")}, "patterns": {"trainable": ["layers.2"]}}.get(strategy, {})
+    plain = FreezeOptions(strategy=strategy, **required)
+    assert set(TOLD) == set(FREEZE_KEYS)
+    for key, values in TOLD.items():
+        beside = {name: value for name, value in values.items() if name != key}
+        before = plain.model_copy(update=beside)
+        after = before.model_copy(update={key: Path(values[key]) if key == "scores" else values[key]})
+        changed = make_plan(anatomy, before).digest != make_plan(anatomy, after).digest
+        assert changed == (strategy in FREEZE_KEYS[key] and (strategy, key) not in SAID_UNUSED), key
 
 
 def test_a_resolved_recipe_plans_the_same():

@@ -37,10 +37,6 @@ TASKS = {
 def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     """Reads, checks and tokenises the recipe's data; the same on every rank. A `UserError` names the row."""
     options = recipe.data
-    if options.packing and recipe.task != "sft":
-        raise UserError(
-            f"data.packing is for sft, not {recipe.task}; leave it out. (causal_lm fills its sequences anyway.)"
-        )
     train = sources.load(options.train, options.train_split, role="train") if options.train else None
     held_out = sources.load(options.eval, options.eval_split, role="eval") if options.eval else None
     full = train or held_out

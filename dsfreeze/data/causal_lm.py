@@ -68,6 +68,8 @@ def _examples(table: Table, *, text: str, tokenizer: PreTrainedTokenizerBase, ma
     if len(rows) == 0:
         raise UserError(f"{table.name}: '{text}' holds no text.")
     stream = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in rows["input_ids"]])
+    if len(stream) < 2:
+        raise UserError(f"{table.name}: '{text}' holds {len(stream)} tokens in all, and the first predicts nothing.")
     if len(stream) % max_length == 1:
         stream = stream[:-1]  # a block of one token predicts nothing
     blocks = Blocks(stream, max_length)

@@ -7,6 +7,7 @@ them any rank knows the size of a global batch without seeing the other ranks' s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from dsfreeze.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 Example = Mapping[str, Any]
 Batch = dict[str, torch.Tensor]
@@ -128,6 +131,18 @@ def tokenised(rows: Dataset, encode: Callable[[dict[str, list[Any]]], dict[str, 
     name, and would not see that ours has changed since.
     """
     return rows.map(encode, batched=True, remove_columns=rows.column_names, load_from_cache_file=False)
+
+
+def learnable(rows: Dataset, num_items: np.ndarray, num_tokens: np.ndarray, *, name: str, lack: str) -> Examples:
+    """The rows that add a term to the loss: a batch of none has no mean. The others are left out, with a note that says
+    what they `lack`; UserError when there is nothing else in the data of that `name`."""
+    kept = num_items.nonzero()[0]
+    if len(kept) == 0:
+        raise UserError(f"{name}: there is nothing to learn from: all {len(rows)} examples are {lack}.")
+    if len(kept) < len(rows):
+        logger.warning("%s: left out %d of %d examples, %s", name, len(rows) - len(kept), len(rows), lack)
+        rows = rows.select(kept)
+    return Examples(rows, num_items[kept], num_tokens[kept])
 
 
 def count(labels: Sequence[int], *, shifted: bool = False) -> int:

@@ -26,7 +26,20 @@ def label_names(values: Sequence[Any], table: Table, column: str, options: DataO
         )
     if len(set(named)) != len(named):
         raise UserError(f"data.labels names a class twice: {', '.join(named)}.")
+    if len(named) < 2:
+        raise UserError(_one_class(named, table, column, options))
     return tuple(named)
+
+
+def _one_class(named: Sequence[str], table: Table, column: str, options: DataOptions) -> str:
+    """One class leaves nothing to tell apart, and transformers reads a model with one label as a regression."""
+    if options.labels is not None:
+        return "data.labels names fewer than two classes. Name every class, in index order."
+    found = f"one class alone, '{named[0]}'" if named else "no label at all"
+    return (
+        f"{table.name}: '{column}' holds {found}: there is nothing to tell apart. "
+        "Mend the data, or name all classes in data.labels. (A regression's labels are numbers: data.num_labels: 1.)"
+    )
 
 
 def _read_names(values: Sequence[Any], table: Table, column: str, num_labels: int | None) -> list[str]:
@@ -40,7 +53,7 @@ def _read_names(values: Sequence[Any], table: Table, column: str, num_labels: in
             f"{table.name}: '{column}' holds {wrong!r}, which is no class. Labels are names or whole numbers; "
             "for a regression write data.num_labels: 1."
         )
-    size = num_labels or max((int(value) for value in values if value is not None), default=0) + 1
+    size = num_labels or max((int(value) for value in values if value is not None), default=-1) + 1
     names = [str(index) for index in range(size)]
     if f"{column}_text" in table.columns:
         for index, text in zip(values, table.rows[f"{column}_text"], strict=False):

@@ -16,6 +16,7 @@ from dsfreeze.data.examples import (
     Prompts,
     TaskData,
     ints,
+    learnable,
     pad,
     pad_id,
     pad_inputs,
@@ -26,6 +27,7 @@ from dsfreeze.errors import UserError
 from dsfreeze.recipe import DataOptions
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 
@@ -47,15 +49,15 @@ def prepare(options: DataOptions, tables: Tables, tokenizer: PreTrainedTokenizer
     text = columns.find(tables.full, options.text, columns.TRANSLATIONS, "data.text")
     if len(text) != 2:
         raise UserError(f"data.text names {text[0]} alone; task seq2seq needs a source and a target: [{text[0]}, ...].")
-    make = partial(_examples, text=text, tokenizer=tokenizer, options=options)
-    evaluated = tables.eval and make(tables.eval)
+    rows = partial(_tokenised, text=text, tokenizer=tokenizer, options=options)
+    trained, evaluated = tables.train and rows(tables.train), tables.eval and rows(tables.eval)
     return TaskData(
         task="seq2seq",
-        train=tables.train and make(tables.train),
-        eval=evaluated,
+        train=tables.train and _examples(trained, tables.train.name),
+        eval=tables.eval and _examples(evaluated, tables.eval.name),
         collate=Collate(pad_id(tokenizer)),
         tokenizer=tokenizer,
-        prompts=tables.eval and Prompts(evaluated.rows["input_ids"], list(tables.eval.rows[text[1]]), encoder=True),
+        prompts=tables.eval and Prompts(evaluated["input_ids"], list(tables.eval.rows[text[1]]), encoder=True),
     )
 
 
@@ -63,9 +65,9 @@ def _flat(table: Table) -> Table:
     return Table(table.rows.flatten(), table.name, table.numbers)
 
 
-def _examples(
+def _tokenised(
     table: Table, *, text: Sequence[str], tokenizer: PreTrainedTokenizerBase, options: DataOptions
-) -> Examples:
+) -> Dataset:
     table.require(text, "data.text")
     columns.require_filled(table, text)
     encode = partial(
@@ -76,9 +78,13 @@ def _examples(
         tokenizer=tokenizer,
         max_length=options.max_length,
     )
-    rows = tokenised(table.rows, encode)
+    return tokenised(table.rows, encode)
+
+
+def _examples(rows: Dataset, name: str) -> Examples:
     num_items = ints(map(len, rows["labels"]))
-    return Examples(rows, num_items, num_items + ints(map(len, rows["input_ids"])))
+    num_tokens = num_items + ints(map(len, rows["input_ids"]))
+    return learnable(rows, num_items, num_tokens, name=name, lack="without a target")
 
 
 def _encode(

@@ -19,7 +19,18 @@ from jinja2 import TemplateError
 
 from dsfreeze.data import conversations
 from dsfreeze.data.conversations import Message
-from dsfreeze.data.examples import IGNORED, Examples, Prompts, TaskData, TokenCollate, count, ints, pad_id, tokenised
+from dsfreeze.data.examples import (
+    IGNORED,
+    Examples,
+    Prompts,
+    TaskData,
+    TokenCollate,
+    count,
+    ints,
+    learnable,
+    pad_id,
+    tokenised,
+)
 from dsfreeze.data.packing import PackedCollate, pack
 from dsfreeze.data.sources import Table, Tables
 from dsfreeze.data.tokens import require_fast
@@ -93,15 +104,8 @@ def _examples(table: Table, *, options: DataOptions, tokenizer: PreTrainedTokeni
     encode = partial(_encode, tokenizer=tokenizer, max_length=options.max_length, answer_only=options.answer_only)
     rows = tokenised(texts, encode)
     num_items = ints(count(labels, shifted=True) for labels in rows["labels"])
-    kept = num_items.nonzero()[0]
-    if len(kept) == 0:
-        raise UserError(
-            f"{table.name}: no answer begins within data.max_length = {options.max_length} tokens; raise it."
-        )
-    if len(kept) < len(rows):
-        logger.warning("%s: left out %d chats without an answer within max_length", table.name, len(rows) - len(kept))
-    rows = rows.select(kept)
-    return Examples(rows, num_items[kept], ints(map(len, rows["input_ids"])))
+    lack = f"without an answer that begins within data.max_length = {options.max_length} tokens"
+    return learnable(rows, num_items, ints(map(len, rows["input_ids"])), name=table.name, lack=lack)
 
 
 def _encode(

@@ -6,14 +6,13 @@ offsets, so that any fast tokenizer serves, also one that cannot take split word
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from dsfreeze.data import columns
-from dsfreeze.data.examples import IGNORED, Examples, TaskData, TokenCollate, count, ints, pad_id, tokenised
+from dsfreeze.data.examples import IGNORED, Examples, TaskData, TokenCollate, count, ints, learnable, pad_id, tokenised
 from dsfreeze.data.labels import index_of, label_names
 from dsfreeze.data.sources import Table, Tables
 from dsfreeze.errors import UserError
@@ -21,8 +20,6 @@ from dsfreeze.recipe import DataOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 
 def prepare(options: DataOptions, tables: Tables, tokenizer: PreTrainedTokenizerBase) -> TaskData:
@@ -58,22 +55,20 @@ def _examples(
 ) -> Examples:
     table.require([words], "data.text")
     table.require([tags], "data.label")
-    kept, labels = [], []
+    labels = []
     for index, (row_words, row_tags) in enumerate(zip(table.rows[words], table.rows[tags], strict=True)):
         where = table.where(index)
         if not isinstance(row_words, list) or not isinstance(row_tags, list):
             raise UserError(f"{where}: '{words}' and '{tags}' must be lists, one tag for each word.")
         if len(row_words) != len(row_tags):
             raise UserError(f"{where}: {len(row_words)} words in '{words}' but {len(row_tags)} tags in '{tags}'.")
-        if row_words:
-            kept.append(index)
-            labels.append([index_of(tag, names, where, tags) for tag in row_tags])
-    if len(kept) < len(table.rows):
-        logger.warning("%s: left out %d rows without words", table.name, len(table.rows) - len(kept))
-    rows = table.rows.select(kept).select_columns([words]).add_column("word_labels", labels)
+        labels.append([index_of(tag, names, where, tags) for tag in row_tags])
+    rows = table.rows.select_columns([words]).add_column("word_labels", labels)
     encode = partial(_encode, words=words, tokenizer=tokenizer, max_length=max_length)
     rows = tokenised(rows, encode)
-    return Examples(rows, ints(map(count, rows["labels"])), ints(map(len, rows["input_ids"])))
+    num_items, num_tokens = ints(map(count, rows["labels"])), ints(map(len, rows["input_ids"]))
+    lack = f"without a word that gives a token within data.max_length = {max_length} tokens"
+    return learnable(rows, num_items, num_tokens, name=table.name, lack=lack)
 
 
 def _encode(

@@ -33,20 +33,13 @@ STRATEGIES: dict[str, Strategy] = {
     "dora": static.dora,
 }
 
-_NAMING_OPTIONS = ("trainable", "frozen", "unfrozen_parameters", "freeze_trainable_layers")
-
 
 def make_plan(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
-    """The plan that the options ask for; UserError when they contradict each other or the model.
+    """The plan that the options ask for; UserError when they contradict the model (among each other, `FreezeOptions`
+    has checked them).
 
     `num_steps`, the length of the run, matters to strategies that move; a static plan has one open phase.
     """
     if options.strategy not in STRATEGIES:
         raise UserError(f"There is no strategy '{options.strategy}'.{did_you_mean(options.strategy, STRATEGIES)}")
-    named = [key for key in _NAMING_OPTIONS if getattr(options, key) is not None]
-    if named and options.strategy != "patterns":
-        raise UserError(
-            f"freeze.{named[0]} names what trains, but strategy '{options.strategy}' chooses it by a rule. Drop "
-            f"freeze.strategy (or write 'patterns') to go by freeze.{named[0]}, or drop freeze.{named[0]}."
-        )
     return STRATEGIES[options.strategy](anatomy, options, num_steps)

@@ -8,6 +8,7 @@ from math import isfinite
 from pathlib import Path
 
 from dsfreeze.errors import UserError, did_you_mean
+from dsfreeze.recipe import SCORES_FORM
 from dsfreeze.strategies.selection import Unit
 
 
@@ -16,12 +17,12 @@ def read_scores(path: Path) -> dict[str, float]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"freeze.scores: there is no file '{path}'. `dsfreeze analyze` writes one.") from None
+        raise UserError(f"freeze.scores: there is no file '{path}'. It holds JSON: {SCORES_FORM}.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"freeze.scores: '{path}' cannot be read as JSON: {error}.") from None
     scores = raw.get("scores") if isinstance(raw, dict) else None
     if not isinstance(scores, dict):
-        raise UserError(f'freeze.scores: \'{path}\' has no "scores"; write {{"scores": {{"layers.0": 0.12, ...}}}}.')
+        raise UserError(f"freeze.scores: '{path}' has no \"scores\"; write {SCORES_FORM}.")
     for name, value in scores.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"freeze.scores: '{path}' gives {name} the score {value!r}, which is not a number.")

@@ -85,20 +85,13 @@ def random(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = Non
 def ranked(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
     """Freeze the n units with the lowest scores of a file; equal scores freeze from the bottom."""
     path = options.scores
-    if path is None:
-        raise UserError("Strategy 'ranked' needs freeze.scores, a file that `dsfreeze analyze` writes.")
+    assert path is not None, "FreezeOptions has checked it"
     scores = read_scores(path)
     return _layered(anatomy, options, rule=lambda units, number: lowest(scores, units, number, path))
 
 
 def patterns(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
     """Train what freeze.trainable names, or all but what freeze.frozen names."""
-    if options.fraction is not None or options.count is not None:
-        given = "fraction" if options.fraction is not None else "count"
-        raise UserError(
-            f"freeze.{given} chooses layers by number, patterns choose them by name: keep one. "
-            f"Drop freeze.{given}, or drop the patterns and name a strategy such as 'bottom'."
-        )
     matched, notes = matched_by_options(anatomy, options)
     return _plan(anatomy, options, matched, notes)
 

@@ -15,12 +15,22 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from forks import run_ranks
-from tiny import examples, llama_anatomy, micro_batches, phase_of, recipe_of, tiny_llama, train_steps
+from forks import outcomes_of, run_ranks
+from safetensors.torch import load_file
+from tiny import config_of, examples, llama_anatomy, micro_batches, phase_of, recipe_of, tiny_llama, train_steps
+from tiny_runs import byte_tokenizer, tiny_recipe
+from transformers import AutoModelForSequenceClassification, DebertaV2Config
 from zero_kit import LAYOUTS, SHARDED, STAGES, make_local, make_zero
 
+from dsfreeze.commands import export_folder
+from dsfreeze.engine.local import LocalEngine
 from dsfreeze.engine.process import build_engine, process_group
+from dsfreeze.engine.zero import ZeroEngine
+from dsfreeze.model import add_adapters
 from dsfreeze.plan import FreezePlan
+from dsfreeze.recipe import FreezeOptions, Recipe
+from dsfreeze.record import read_record
+from dsfreeze.strategies import make_plan
 from dsfreeze.zero_config import ds_configs
 
 STEPS = 5
@@ -362,3 +372,158 @@ def spoil():
 def test_no_update_when_the_gradient_is_not_finite():
     """Oracle: checksums of masters and weights before."""
     assert run_ranks(spoil)[0] == [(math.inf, True)] * 5
+
+
+# -- adapters, and models that read each other's weights -------------------------------------------------------------
+
+#: Kinds of adapter on the two upper layers, by layout; at stage 3 no tensor is small enough to stay gathered.
+ADAPTED = [(kind, layout) for kind in ("lora", "dora") for layout in [("zero2", {}), ("zero3", SHARDED)]]
+
+
+def with_adapters(kind):
+    module = tiny_llama()
+    plain = llama_anatomy(module)
+    plan = make_plan(plain, FreezeOptions(count=2, adapter={"kind": kind, "r": 2, "alpha": 16}))
+    add_adapters(module, plan.adapter, seed=3)
+    return module, plan.adapted(plain), plan.phases[0]
+
+
+def train_adapters():
+    results = []
+    with process_group(recipe_of()):
+        for kind, (name, zero) in ADAPTED:
+            module, anatomy, phase = with_adapters(kind)
+            recipe = recipe_of(name)
+            engine = ZeroEngine(module, anatomy, recipe, config_of(recipe, dist.get_world_size(), **zero))
+            engine.enter(phase)
+            losses, norms = train_steps(engine, 0, STEPS)
+            weights = engine.export_weights(n for n, _ in engine.module.named_parameters())
+            results.append((losses, norms, weights, engine.movement()))
+            engine.close()
+    return results
+
+
+def test_adapters_equal_local():
+    """Oracle: LocalEngine, as in `test_every_stage_equals_local`. DoRA's norm reads the frozen matrix beside its adapter
+    outside of the matrix's own forward, where stage 3 might hold a shard of it alone."""
+    golden = {}
+    for kind in ("lora", "dora"):
+        module, anatomy, phase = with_adapters(kind)
+        engine = LocalEngine(module, anatomy, recipe_of("local"))
+        engine.enter(phase)
+        golden[kind] = (*train_steps(engine, 0, STEPS), {n: p.detach() for n, p in module.named_parameters()})
+    assert golden["lora"][0] != golden["dora"][0]
+    for (kind, layout), (losses, norms, weights, movement) in zip(ADAPTED, run_ranks(train_adapters)[0], strict=True):
+        wanted_losses, wanted_norms, wanted = golden[kind]
+        assert losses == pytest.approx(wanted_losses, abs=2e-6), (kind, layout)
+        assert norms == pytest.approx(wanted_norms, rel=1e-5), (kind, layout)
+        for name, value in weights.items():
+            torch.testing.assert_close(value, wanted[name], atol=1e-6, rtol=0, msg=f"{kind} {layout} {name}")
+        assert movement.frozen_changed == movement.never_moved == ()
+
+
+def train_by_recipe(values):
+    from dsfreeze.loop import train
+
+    return train(Recipe.model_validate(values))
+
+
+def run_of(recipe, folder, zero, *, ranks, **train):
+    """A recipe's values for this engine and folder, at the same global batch on `ranks` ranks."""
+    values = recipe.model_dump(mode="json")
+    values["zero"] = str(zero)
+    values["train"] |= {"output_dir": str(folder), **train}
+    values["train"]["per_device_train_batch_size"] //= ranks
+    return values
+
+
+def sharded_config(folder):
+    """The shipped zero3 with nothing so small that it stays gathered: else a tiny model would not be sharded at all."""
+    config = json.loads(ds_configs()["zero3"].read_text())
+    config["zero_optimization"] |= SHARDED
+    path = folder / "sharded.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def losses_of(folder):
+    return [line["loss"] for line in read_record(folder).steps]
+
+
+def deberta_folder(folder):
+    torch.manual_seed(0)
+    config = DebertaV2Config(
+        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, pad_token_id=0,
+        relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False, share_att_key=True,
+        norm_rel_ebd="layer_norm", position_buckets=16, max_position_embeddings=64, num_labels=3,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pooler_dropout=0.0,
+    )  # fmt: skip
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("freeze", [{"strategy": "full", "fraction": None}, {}], ids=["full", "bottom"])
+def test_deberta_at_stage_3_equals_local(tmp_path, freeze):
+    """Oracle: the local engine, evaluation before and after, and the losses between. Every layer reads the encoder's table
+    of relative positions, which no layer owns."""
+    model = deberta_folder(tmp_path / "deberta")
+    recipe = tiny_recipe(tmp_path, model=str(model), freeze=freeze, train={"max_steps": 4, "eval_strategy": "end"})
+    golden = train_by_recipe(run_of(recipe, tmp_path / "local", "local", ranks=1))
+    found = run_ranks(
+        train_by_recipe, run_of(recipe, tmp_path / "zero3", sharded_config(tmp_path), ranks=2), timeout=120
+    )
+    assert found[0] == found[1]
+    assert losses_of(tmp_path / "zero3") == pytest.approx(losses_of(tmp_path / "local"), abs=1e-5)
+    for when in ("before", "after"):
+        assert found[0]["metrics"][when] == pytest.approx(golden["metrics"][when], abs=1e-5)
+    assert found[0]["never_moved"] == golden["never_moved"]
+
+
+# -- what a run leaves -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(4))
+def test_exports_are_whole_at_every_stage(tmp_path, stage):
+    """Oracle: the base model's names and frozen weights, the local run's logits; `zero_to_fp32.py` drops frozen ones."""
+    train = {"max_steps": 3, "save_strategy": "steps"}
+    recipe = tiny_recipe(tmp_path, train=train)
+    zero = sharded_config(tmp_path) if stage == 3 else f"zero{stage}"
+    run_ranks(train_by_recipe, run_of(recipe, tmp_path / "zero", zero, ranks=2), timeout=120)
+    train_by_recipe(run_of(recipe, tmp_path / "local", "local", ranks=1))
+    export_folder(tmp_path / "zero" / "checkpoint-3", tmp_path / "exported", delta=False, base=None)
+    own = load_file(tmp_path / "zero" / "model" / "model.safetensors")
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    base = load_file(tmp_path / "model" / "model.safetensors")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "exported")
+    assert set(own) == set(exported) == set(model.state_dict())
+    assert all(torch.equal(own[name], exported[name]) for name in own)
+    frozen = [name for name in own if "layers.0." in name or "layers.1." in name or "embed" in name]
+    assert len(frozen) == 19
+    assert all(torch.equal(own[name], base[name]) for name in frozen)
+    local = AutoModelForSequenceClassification.from_pretrained(tmp_path / "local" / "model")
+    ids = torch.arange(2, 34).reshape(2, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, local(ids).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("zero", ["zero1", "zero3"])
+def test_another_trainable_set_is_refused_on_every_rank(tmp_path, zero):
+    """Oracle: UserError on both ranks, naming both layers; the checkpoint stays as it was, and no run is begun. DeepSpeed's own
+    resume gives layer 2 the state of layer 3 at stage 1, without a word."""
+    before, after = (
+        {"strategy": "patterns", "trainable": [layer], "fraction": None} for layer in ("layers.3", "layers.2")
+    )
+    train = {"max_steps": 2, "save_strategy": "steps"}
+    run_ranks(
+        train_by_recipe, run_of(tiny_recipe(tmp_path, freeze=before, train=train), tmp_path / "run", zero, ranks=2)
+    )
+    saved = tmp_path / "run" / "checkpoint-2"
+    content = {file.name: file.read_bytes() for file in saved.iterdir()}
+    again = tiny_recipe(tmp_path, freeze=after, train={**train, "max_steps": 4, "resume_from_checkpoint": str(saved)})
+    found = outcomes_of(train_by_recipe, run_of(again, tmp_path / "again", zero, ranks=2))
+    assert [(o.kind, o.error) for o in found] == [("error", "UserError")] * 2
+    assert all("model.layers.3." in o.text and "model.layers.2." in o.text for o in found)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == content
+    assert not (tmp_path / "again").exists()
