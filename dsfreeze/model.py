@@ -8,6 +8,7 @@ drawn from the run's seed so that every rank has the same one.
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path

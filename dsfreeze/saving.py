@@ -79,9 +79,7 @@ def save_checkpoint(engine: Engine, job: Job, step: int, trainer_state: Mapping[
     """Write checkpoint-`step`; returns the folder (collective)."""
     state = engine.export_state()
     folder, keep = job.output_dir / f"{checkpoints.PREFIX}{step}", job.recipe.train.save_total_limit
-    _on_leader(
-        lambda: checkpoints.save(job.output_dir, step, state, job.plan, job.base, trainer_state, keep=keep)
-    )
+    _on_leader(lambda: checkpoints.save(job.output_dir, step, state, job.plan, job.base, trainer_state, keep=keep))
     return folder
 
 

@@ -113,3 +113,19 @@ def test_a_trainable_layer_that_the_forward_pass_skips_is_named(tmp_path, monkey
     assert all(name.startswith("model.layers.3.") for name in summary["never_moved"])
     assert happened(tmp_path / "run", "never_moved", "step") == [loop.FIRST_LOOK, 12]
     assert "have not moved by step 10: model.layers.3." in shown.file.getvalue()
+
+
+def test_what_an_earlier_checkpoint_leaves_behind_is_set_aside(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "export": False, "max_steps": 6}
+    train(tiny_recipe(tmp_path, train={**options, "save_total_limit": None}))
+    again = {**options, "max_steps": 4, "resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-2")}
+    train(tiny_recipe(tmp_path, train=again))
+    kept = {folder.name for folder in (tmp_path / "run").glob("*checkpoint-*")}
+    assert kept == {"checkpoint-2", "checkpoint-4", "abandoned-checkpoint-4", "abandoned-checkpoint-6"}
+
+
+def test_a_model_folder_that_is_not_ours_is_found_before_training(tmp_path):
+    recipe = tiny_recipe(tmp_path, train={"output_dir": str(tmp_path)})  # the recipe's own model is in output_dir/model
+    with pytest.raises(UserError, match="was not written by an export"):
+        train(recipe)
+    assert not (tmp_path / "steps.jsonl").exists()
