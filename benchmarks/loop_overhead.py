@@ -28,7 +28,7 @@ from dsfreeze.progress import StepBar
 from dsfreeze.recipe import Recipe
 from dsfreeze.zero_config import deepspeed_config
 
-ROUNDS, STEPS, WARMUP = 7, 4, 1
+ROUNDS, STEPS, WARMUP = 25, 4, 1
 
 
 def prepare_folder(folder: Path) -> None:
@@ -76,7 +76,7 @@ def main() -> None:
         run = Run(job, Console(quiet=True), ranks)
         engine = build_engine(job.module, job.anatomy, recipe, job.plan)
         engine.enter(job.plan.phases[0])
-        run._open_record(engine, resuming=False)
+        run._open_journal(engine, resuming=False)
         bar, interrupt, steps = StepBar(run.console, run.total, 0, 10, shown=False), Interrupt(), iter(run.loader)
         batches = [next(iter(step.micro_batches))[0] for step, _ in zip(iter(run.loader), range(STEPS), strict=False)]
 

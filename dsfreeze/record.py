@@ -154,9 +154,10 @@ def require_free(folder: Path, plan: FreezePlan, *, resume: bool = False) -> Non
     if not holds_record(folder):
         return
     if not resume:
+        going_on = "continue that run with train.resume_from_checkpoint=true, "
         raise UserError(
-            f"{folder} holds the record of another run. Name another train.output_dir, continue that run with "
-            "train.resume_from_checkpoint=true, or remove the folder."
+            f"{folder} holds the record of another run. Name another train.output_dir, "
+            f"{going_on if any(folder.glob('checkpoint-*')) else ''}or remove the folder."
         )
     if FreezePlan.from_json(_read_text(folder / PLAN)).digest != plan.digest:
         raise UserError(

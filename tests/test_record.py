@@ -112,13 +112,16 @@ for step in range(1, 10**9):
 def test_another_runs_record_is_not_overwritten(folder):
     Record.create(folder, RECIPE, PLAN, ENVIRONMENT).step(line(1))
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(UserError, match=r"another run\. Name another train\.output_dir.*resume_from_checkpoint=true"):
+    with pytest.raises(UserError, match=r"another run\. Name another train\.output_dir, or remove"):
         Record.create(folder, RECIPE, PLAN, ENVIRONMENT)
     with pytest.raises(UserError, match="another freeze plan"):
         Record.create(folder, RECIPE, OTHER, ENVIRONMENT, resume=True)
     with pytest.raises(UserError, match="another run"):
         require_free(folder, PLAN)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "checkpoint-1").mkdir()  # only then is there something to continue from
+    with pytest.raises(UserError, match="continue that run with train.resume_from_checkpoint=true"):
+        require_free(folder, PLAN)
 
 
 def test_resuming_into_a_new_folder_starts_a_record(folder):
