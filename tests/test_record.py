@@ -120,7 +120,7 @@ def test_another_runs_record_is_not_overwritten(folder):
         require_free(folder, PLAN)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / "checkpoint-1").mkdir()  # only then is there something to continue from
-    with pytest.raises(UserError, match="continue that run with train.resume_from_checkpoint=true"):
+    with pytest.raises(UserError, match=r"continue that run with train\.resume_from_checkpoint=true"):
         require_free(folder, PLAN)
 
 
