@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from dsfreeze import __version__
 from dsfreeze.errors import UserError
 from dsfreeze.interrupt import Interrupted
 from dsfreeze.recipe import Recipe
@@ -35,6 +36,21 @@ Words = Annotated[
     typer.Argument(metavar="[RECIPE.yaml] [KEY=VALUE]...", help="A recipe, overrides of its keys, or both."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        _write(f"dsfreeze {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the whole command."""
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,12 @@ def test_models_lists_both_embedded_defaults(capsys):
     assert {row["name"] for row in json.loads(capsys.readouterr().out)["models"]} >= {"smollm2-135m", "minilm-l6"}
     assert run(["models"]) == 0
     assert "hub id" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    """Oracle: the installed distribution's own figure."""
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"dsfreeze {version('dsfreeze')}\n"
 
 
 def test_help_of_every_command(capsys):
