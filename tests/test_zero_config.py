@@ -150,7 +150,7 @@ def test_a_missing_file_is_named():
     ("text", "expected"),
     [
         ("{", ":1: not JSON"),
-        ('{\n"a": 1,\n}', ":3: not JSON"),
+        ('{\n"a": 1\n"b": 2}', ":3: not JSON"),
         ("[1]", "is an object"),
         ('{"a": 1, "a": 2}', '"a" is given twice'),
         ('{"gradient_clipping": NaN}', "NaN is not JSON"),
