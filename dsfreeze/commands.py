@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,14 +17,14 @@ from dsfreeze.job import load_task, prepare_job
 from dsfreeze.model import read_anatomy
 from dsfreeze.recipe import ModelOptions, Recipe
 from dsfreeze.recipe_reader import load_recipe
-from dsfreeze.record import RECIPE
+from dsfreeze.record import MODEL, RECIPE
 
 
 def recipe_of_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a run's folder with its exported model as the model."""
     if not _is_run(folder):
         raise UserError(f"{folder} is no run: it has no {RECIPE}. Name the folder of a run, its train.output_dir.")
-    model = folder / "model"
+    model = folder / MODEL
     if not model.is_dir():
         raise UserError(f"{folder} has no exported model (folder model/). {_how_to_export(folder)}")
     return load_recipe(folder / RECIPE, [f"model.name={model}", *overrides])
@@ -37,7 +36,7 @@ def _is_run(folder: Path) -> bool:
 
 def _how_to_export(run: Path) -> str:
     if list_checkpoints(run):
-        command = shlex.join(["dsfreeze", "export", str(run), "-o", str(run / "model")])
+        command = shlex.join(["dsfreeze", "export", str(run), "-o", str(run / MODEL)])
         return f"Write it from the newest checkpoint: `{command}`."
     return "It has no checkpoint to write one from either: train again, with train.export=true."
 
@@ -45,7 +44,7 @@ def _how_to_export(run: Path) -> str:
 def evaluate_recipe(recipe: Recipe) -> dict[str, float]:
     """Metrics of the recipe's model on its evaluation data; several ranks hold the whole model each, and share the data."""
     with process_group(recipe) if read_ranks().world_size > 1 else nullcontext():
-        agree(hashlib.sha256(recipe.model_dump_json().encode()).hexdigest(), "the recipe")
+        agree(recipe.digest, "the recipe")
         _, data, module = together(lambda: load_task(recipe))
         if data.eval is None:
             raise UserError("The recipe has no evaluation data; name some in data.eval.")
@@ -79,7 +78,7 @@ def export_folder(source: Path, output: Path, *, delta: bool, base: str | None) 
 
 def _newest_checkpoint(run: Path) -> Checkpoint:
     if not list_checkpoints(run):
-        model = run / "model"
+        model = run / MODEL
         there = f" Its exported model is {model}." if model.is_dir() else " Train again, with train.export=true."
         raise UserError(f"{run} has no checkpoint to export from.{there}")
     return find_checkpoint(run, True)

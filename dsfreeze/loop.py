@@ -8,7 +8,6 @@ full disk) is compared before anybody acts on it, so that a mistake is an error 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import statistics
 import time
@@ -48,10 +47,9 @@ def train(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or Console(stderr=True)
     with process_group(recipe) as ranks:
-        agree(hashlib.sha256(recipe.model_dump_json().encode()).hexdigest(), "the recipe")
+        agree(recipe.digest, "the recipe")
         together(lambda: require_trackers(recipe))
         job = together(lambda: prepare_job(recipe))
-        agree(job.plan.digest, "the freeze plan")
         run = Run(job, console if ranks.rank == 0 else Console(quiet=True), ranks)
         return run.start()
 
@@ -159,7 +157,7 @@ class Run:
 
     def _between_steps(self, engine: Engine, epoch_ended: bool) -> None:
         o, step = self.options, self.step
-        if step == FIRST_LOOK:
+        if step == FIRST_LOOK < self.total:  # the end has its own look
             self._look_for_still(engine)
         if step == self.total:  # as transformers does, the last step is saved whatever save_steps says
             if o.save_strategy != "no":

@@ -6,6 +6,7 @@ writes docs/recipe.md from the docstrings here. No torch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -345,6 +346,11 @@ class Recipe(Section):
     @classmethod
     def _name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def digest(self) -> str:
+        """Of the resolved values: ranks with the same digest were asked for the same run."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     @model_validator(mode="after")
     def _agree(self) -> Recipe:

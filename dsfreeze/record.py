@@ -31,6 +31,8 @@ from dsfreeze.recipe_yaml import dump_yaml, parse_yaml, read_file
 FORMAT_VERSION = 1
 RECIPE, PLAN, DEEPSPEED, ENVIRONMENT = "recipe.yaml", "plan.json", "deepspeed.json", "environment.json"
 STEPS, EVENTS, SUMMARY = "steps.jsonl", "events.jsonl", "summary.json"
+#: Folder of the exported model, beside the record.
+MODEL = "model"
 
 
 @dataclass(frozen=True)

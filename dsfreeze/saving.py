@@ -16,10 +16,7 @@ from dsfreeze.engine.ranks import read_ranks
 from dsfreeze.errors import UserError
 from dsfreeze.export import export_model, require_writable
 from dsfreeze.job import Job
-from dsfreeze.record import SUMMARY, require_free
-
-#: Folder of the exported model, within output_dir.
-MODEL = "model"
+from dsfreeze.record import MODEL, SUMMARY, require_free
 
 
 def find_start(job: Job, total_steps: int, global_batch_size: int) -> Checkpoint | None:
@@ -28,8 +25,7 @@ def find_start(job: Job, total_steps: int, global_batch_size: int) -> Checkpoint
     UserError, before DeepSpeed sees any of it, when it is of another plan, model or batch, or has nothing left to do;
     when the ranks see different ones; and when the folder holds what is not ours.
     """
-    found = together(lambda: _find_checkpoint(job, total_steps, global_batch_size))
-    together(lambda: _require_room(job, resume=found is not None))
+    found = together(lambda: _look_around(job, total_steps, global_batch_size))
     manifest = json.dumps(found.manifest, sort_keys=True) if found else ""
     agree(hashlib.sha256(manifest.encode()).hexdigest(), "the checkpoint to resume from")
     if found is not None:
@@ -38,10 +34,12 @@ def find_start(job: Job, total_steps: int, global_batch_size: int) -> Checkpoint
     return found
 
 
-def _require_room(job: Job, *, resume: bool) -> None:
-    require_free(job.output_dir, job.plan, resume=resume)
+def _look_around(job: Job, total_steps: int, global_batch_size: int) -> Checkpoint | None:
+    found = _find_checkpoint(job, total_steps, global_batch_size)
+    require_free(job.output_dir, job.plan, resume=found is not None)
     if job.recipe.train.export:
         require_writable(job.output_dir / MODEL)
+    return found
 
 
 def _on_leader(write: Callable[[], object]) -> None:

@@ -28,6 +28,8 @@ EXCUSES = (
     "no tensor of the",
     "could sit on",
 )
+#: Strategies that a model may leave nothing to do: one without biases, or with a tied head.
+MAY_BE_IMPOSSIBLE = ("bitfit", "head")
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +79,11 @@ def plan_or_excuse(anatomy: Anatomy, options: FreezeOptions) -> FreezePlan | Non
 def test_promises(strategy, name, scores):
     """Oracle: the contract in the plan's and the strategies' docstrings."""
     anatomy = SMALL[name]
-    for options in options_of(strategy, scores[name]):
-        plan = plan_or_excuse(anatomy, options)
+    plans = [(options, plan_or_excuse(anatomy, options)) for options in options_of(strategy, scores[name])]
+    for options, plan in plans:
         if plan is not None:
             check(anatomy, options, plan)
+    assert strategy in MAY_BE_IMPOSSIBLE or any(plan for _, plan in plans)
 
 
 def check(anatomy: Anatomy, options: FreezeOptions, plan: FreezePlan) -> None:
@@ -155,5 +158,6 @@ def test_shipped_anatomies_take_every_strategy(name):
     for strategy in sorted(set(STRATEGIES) - {"ranked", "patterns"}):
         options = FreezeOptions(strategy=strategy)
         plan = plan_or_excuse(anatomy, options)
+        assert plan is not None or strategy in MAY_BE_IMPOSSIBLE
         if plan is not None:
             check(anatomy, options, plan)
