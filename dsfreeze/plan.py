@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from bisect import bisect_right
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from typing import Any, Literal
 
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.errors import UserError
+
+#: What happens to Adam's state of a tensor that stops training; `refreeze` defines the three.
+StateRule = Literal["keep", "clear", "offload"]
 
 
 @dataclass(frozen=True)
@@ -20,12 +25,14 @@ class Phase:
     """Steps `first_step` .. `first_step + num_steps - 1` train exactly the tensors named, in model order.
 
     `num_steps` None, allowed on the last phase alone, means "to the end of the run", so that a static plan does not
-    change when a run is lengthened.
+    change when a run is lengthened. `lr_step`: the learning-rate schedule is read at that step throughout the phase
+    (HiFT: one rate a sweep); None reads it at each step.
     """
 
     first_step: int
     num_steps: int | None
     trainable: tuple[str, ...]
+    lr_step: int | None = None
 
     @property
     def end(self) -> int | None:
@@ -45,17 +52,34 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class Rate:
+    """A layer's own learning rate: `scale` times the schedule's, or, with `ends`, times the run's peak rate annealed by
+    a half cosine that reaches zero at step `ends` (FreezeOut)."""
+
+    layer: str
+    scale: float = 1.0
+    ends: int | None = None
+
+
+@dataclass(frozen=True)
 class FreezePlan:
     """Phases that tile the run, in order, none empty; the strategy's name and notes for people.
 
     Tensor names are those of `anatomy.with_adapters(...)` where there is an adapter. `notes` (decisions the strategy took:
-    rounding, ties) are not part of the digest.
+    rounding, ties) are not part of the digest. `state` and `drop_master` are `refreeze`'s; after a switch the learning
+    rate rises linearly for `rewarmup_steps`; layers in `rates` have their own. An adaptive plan is revised after
+    `decide_at` steps: its last phase is open until then.
     """
 
     strategy: str
     phases: tuple[Phase, ...]
     adapter: Adapter | None = None
     notes: tuple[str, ...] = ()
+    state: StateRule = "keep"
+    drop_master: bool = False
+    rewarmup_steps: int = 0
+    rates: tuple[Rate, ...] = ()
+    decide_at: int | None = None
 
     def __post_init__(self) -> None:
         assert self.phases, "a plan has at least one phase"
@@ -70,23 +94,32 @@ class FreezePlan:
                     "every tensor is frozen. Lower freeze.fraction, or name what shall train in freeze.trainable."
                 )
             step = phase.end or 0
+        assert self.decide_at is None or self.phases[-1].num_steps is None, "what is to be revised is still open"
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what trains when; equal on every rank of a run, and on resuming it."""
-        value = {"phases": [asdict(p) for p in self.phases], "adapter": self.adapter and asdict(self.adapter)}
+        """SHA-256 of what trains when and how; equal on every rank of a run, and on resuming it."""
+        value = {key: entry for key, entry in self._plain().items() if key not in ("strategy", "notes")}
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def ever_trained(self) -> frozenset[str]:
-        return frozenset(name for phase in self.phases for name in phase.trainable)
+        return frozenset(name for chosen in dict.fromkeys(p.trainable for p in self.phases) for name in chosen)
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [phase.first_step for phase in self.phases]
 
     def phase_at(self, step: int) -> Phase:
-        """The phase that holds `step` (counted from 0)."""
-        for phase in self.phases:
-            if phase.end is None or step < phase.end:
-                return phase
-        return self.phases[-1]
+        """The phase that holds `step` (counted from 0); the last one beyond the end."""
+        return self.phases[bisect_right(self._starts, step) - 1]
+
+    def until(self, step: int) -> FreezePlan:
+        """The plan of the first `step` steps (at least one) alone, for comparing what two plans did so far."""
+        phases = [p for p in self.phases if p.first_step < step]
+        last = phases[-1]
+        phases[-1] = Phase(last.first_step, step - last.first_step, last.trainable, last.lr_step)
+        return replace(self, phases=tuple(phases), decide_at=None)
 
     def adapted(self, anatomy: Anatomy) -> Anatomy:
         """The anatomy whose names the phases use: the model's own, or with the adapters in place."""
@@ -95,22 +128,36 @@ class FreezePlan:
         return anatomy.with_adapters(self.adapter.targets, self.adapter.r, self.adapter.kind == "dora")
 
     def to_json(self) -> str:
-        return json.dumps({**asdict(self), "digest": self.digest}, indent=1)
+        return json.dumps({**self._plain(), "digest": self.digest})
+
+    def _plain(self) -> dict[str, Any]:
+        """Plain values; every distinct set of tensors is written once (`sets`), and phases refer to it by number."""
+        sets = list(dict.fromkeys(phase.trainable for phase in self.phases))
+        number = {chosen: n for n, chosen in enumerate(sets)}
+        phases = [[p.first_step, p.num_steps, number[p.trainable], p.lr_step] for p in self.phases]
+        others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("phases", "adapter", "rates")}
+        return {
+            **others,
+            "adapter": self.adapter and asdict(self.adapter),
+            "rates": [asdict(rate) for rate in self.rates],
+            "sets": sets,
+            "phases": phases,
+        }
 
     @classmethod
     def from_json(cls, text: str) -> FreezePlan:
         """Read `to_json`'s form; UserError when it is not one or its digest does not match."""
         try:
             raw = json.loads(text)
-            digest = raw.pop("digest")
-            phases = tuple(Phase(p["first_step"], p["num_steps"], tuple(p["trainable"])) for p in raw["phases"])
-            adapter = raw["adapter"]
-            if adapter is not None:
-                adapter = Adapter(**{**adapter, "targets": tuple(adapter["targets"])})
-            plan = cls(str(raw["strategy"]), phases, adapter, tuple(raw["notes"]))
+            digest, sets = raw.pop("digest"), [tuple(map(str, chosen)) for chosen in raw.pop("sets")]
+            raw["phases"] = tuple(Phase(first, num, sets[n], lr) for first, num, n, lr in raw["phases"])
+            if raw["adapter"] is not None:
+                raw["adapter"] = Adapter(**{**raw["adapter"], "targets": tuple(raw["adapter"]["targets"])})
+            raw["rates"], raw["notes"] = tuple(Rate(**rate) for rate in raw["rates"]), tuple(raw["notes"])
+            plan = cls(**raw)
         except UserError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError) as error:
             raise UserError(f"Not a freeze plan: {error}.") from None
         if plan.digest != digest:
             raise UserError("The freeze plan was changed by hand: its digest does not match its phases.")

@@ -122,7 +122,7 @@ def test_nothing_to_resume_from_says_so(tmp_path):
 def test_a_plan_changed_by_hand_in_the_manifest_is_refused(tmp_path):
     folder = write(tmp_path)
     manifest = json.loads((folder / checkpoints.MANIFEST).read_text())
-    manifest["plan"]["phases"][0]["trainable"] = ["a.weight"]
+    manifest["plan"]["sets"][0] = ["a.weight"]
     (folder / checkpoints.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="changed by hand"):
         checkpoints.require_same(checkpoints.open_checkpoint(folder), PLAN, BASE)
