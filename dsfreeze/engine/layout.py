@@ -25,6 +25,21 @@ def flats_of(engine: Any, rank: int, world_size: int) -> list[Flat]:
     return [whole(names[p], p) for group in wrapper.param_groups for p in group["params"]]
 
 
+def group_numbers(engine: Any) -> list[int]:
+    """For each of `flats_of`, the number of its parameter group."""
+    wrapper = engine.optimizer
+    if hasattr(wrapper, "sub_group_to_group_id"):
+        return [wrapper.sub_group_to_group_id[n] for n in range(len(wrapper.fp32_partitioned_groups_flat))]
+    return [number for number, group in enumerate(wrapper.param_groups) for _ in group["params"]]
+
+
+def holds_gradients(engine: Any) -> bool:
+    """Whether the tensors that train have gradients that no step has used."""
+    held = getattr(engine.optimizer, "averaged_gradients", {}).values()
+    parameters = (p for p in engine.module.parameters() if p.requires_grad)
+    return any(g is not None for group in held for g in group or ()) or any(p.grad is not None for p in parameters)
+
+
 def _ranges(wrapper: Any, names: dict, rank: int, world_size: int) -> Iterator[Flat]:
     # round_robin_gradients reorders the tensors of a group; the offsets are those of the reordered list
     layouts = zip(
