@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsfreeze.anatomy import Anatomy
+    from dsfreeze.engine.refreeze import refreeze
     from dsfreeze.errors import UserError
     from dsfreeze.loop import train
     from dsfreeze.plan import FreezePlan, Phase
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Anatomy", "FreezePlan", "Phase", "Recipe", "UserError", "__version__",
-    "load_recipe", "make_plan", "read_record", "train",
+    "load_recipe", "make_plan", "read_record", "refreeze", "train",
 ]  # fmt: skip
 
 _HOMES = {
     "Anatomy": "anatomy", "FreezePlan": "plan", "Phase": "plan", "Recipe": "recipe", "UserError": "errors",
-    "load_recipe": "recipe_reader", "make_plan": "strategies", "read_record": "record", "train": "loop",
+    "load_recipe": "recipe_reader", "make_plan": "strategies", "read_record": "record",
+    "refreeze": "engine.refreeze", "train": "loop",
 }  # fmt: skip
 
 

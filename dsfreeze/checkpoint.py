@@ -1,7 +1,8 @@
 """Checkpoints: a portable format of our own, keyed by tensor name.
 
     checkpoint-N/
-      manifest.json        written last: format, step, plan and its digest, base model and its hash, tensors, versions, checksums
+      manifest.json        written last: format, step, plan in force, digest of the first plan, base model and its hash, tensors,
+                           versions, checksums
       weights.safetensors  every tensor trained so far, in the model's dtype, full
       state.safetensors    `<tensor>/master`, `<tensor>/exp_avg`, `<tensor>/exp_avg_sq`, `<tensor>/step`, fp32, full
       trainer_state.json   where the data stood, and the losses' summary
@@ -21,6 +22,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
@@ -61,6 +63,11 @@ class Checkpoint:
     step: int
     manifest: Mapping[str, Any]
 
+    @cached_property
+    def plan(self) -> FreezePlan:
+        """The plan in force when it was written, whose past is what was trained."""
+        return FreezePlan.from_json(json.dumps(self.manifest["plan"]))
+
     @property
     def trainer_state(self) -> dict[str, Any]:
         return json.loads((self.folder / TRAINER).read_text(encoding="utf-8"))
@@ -87,10 +94,12 @@ def save(
     base: Base,
     trainer_state: Mapping[str, Any],
     *,
+    first_plan: FreezePlan | None = None,
     keep: int | None = None,
 ) -> Path:
     """Write checkpoint-`step` (rank 0 alone), then drop all but `keep`: this one and the newest others.
 
+    `plan` is the one in force, `first_plan` the one that the run began with, where an adaptive strategy has revised it.
     Raises UserError when the disk is full or the folder cannot be written; what was there before is untouched then.
     Warns when an old one cannot be removed. A folder of that name that is not ours is renamed, with a warning.
     """
@@ -99,7 +108,7 @@ def save(
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        _write(aside, step, state, plan, base, trainer_state)
+        _write(aside, step, state, plan, first_plan or plan, base, trainer_state)
         if final.exists() and not _is_ours(final):
             warnings.warn(f"{final} is no checkpoint of dsfreeze; it is now {_set_aside(final)}.", stacklevel=2)
         _swap(aside, final)
@@ -130,6 +139,7 @@ def _write(
     step: int,
     state: Mapping[str, TensorState],
     plan: FreezePlan,
+    first_plan: FreezePlan,
     base: Base,
     trainer_state: Mapping[str, Any],
 ) -> None:
@@ -146,6 +156,7 @@ def _write(
         "format_version": FORMAT_VERSION,
         "step": step,
         "plan": json.loads(plan.to_json()),
+        "first_plan": first_plan.digest,
         "base": vars(base),
         "tensors": {n: {"shape": list(e["weight"].shape), "dtype": str(e["weight"].dtype)} for n, e in state.items()},
         "versions": {package: version(package) for package in ("torch", "deepspeed", "transformers")},
@@ -249,14 +260,16 @@ def _set_aside(folder: Path) -> Path:
 
 def require_same(checkpoint: Checkpoint, plan: FreezePlan, base: Base) -> None:
     """UserError unless the checkpoint belongs to this plan and this base model; says which layers differ."""
-    saved = FreezePlan.from_json(json.dumps(checkpoint.manifest["plan"]))
+    saved = checkpoint.plan
     theirs = Base(**checkpoint.manifest["base"])
     if theirs.anatomy != base.anatomy or theirs.hash != base.hash:
         raise UserError(
             f"{checkpoint.folder} was trained from model '{theirs.name}' ({theirs.hash[:12]}), this recipe says "
             f"'{base.name}' ({base.hash[:12]}). Give the model it was trained from; another one needs another train.output_dir."
         )
-    if saved.digest != plan.digest:
+    # what was done so far must be the same; what was still to come may have been lengthened, or revised
+    step = checkpoint.step
+    if checkpoint.manifest["first_plan"] != plan.digest and saved.until(step).digest != plan.until(step).digest:
         only_saved, only_now = (
             sorted(saved.ever_trained - plan.ever_trained),
             sorted(plan.ever_trained - saved.ever_trained),

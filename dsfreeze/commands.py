@@ -66,14 +66,13 @@ def export_folder(source: Path, output: Path, *, delta: bool, base: str | None) 
         raise UserError(f"{source} is no run: it has no {RECIPE}. Name a run's folder, or a checkpoint-N in one.")
     require_writable(output)
     checkpoint = open_checkpoint(source) if source != run else _newest_checkpoint(run)
-    job = prepare_job(load_recipe(run / RECIPE, []))
+    job = prepare_job(load_recipe(run / RECIPE, []), checkpoint.trainer_state["num_steps"])
     require_same(checkpoint, job.plan, job.base)
+    done = checkpoint.plan.until(checkpoint.step)
     weights = {name: entry["weight"] for name, entry in checkpoint.state().items()}
     if delta:
-        return export_delta(output, weights, module=job.module, plan=job.plan, base=job.base, recipe=job.recipe)
-    return export_model(
-        output, job.module, job.tokenizer, weights=weights, plan=job.plan, recipe=job.recipe, metrics={}
-    )
+        return export_delta(output, weights, module=job.module, plan=done, base=job.base, recipe=job.recipe)
+    return export_model(output, job.module, job.tokenizer, weights=weights, plan=done, recipe=job.recipe, metrics={})
 
 
 def _newest_checkpoint(run: Path) -> Checkpoint:

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.checkpoint import Base
-from dsfreeze.data import TaskData, prepare
+from dsfreeze.data import TaskData, num_steps_of, prepare
+from dsfreeze.engine.ranks import read_ranks
 from dsfreeze.model import add_adapters, base_hash, load_model, load_tokenizer, read_anatomy
 from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import Recipe
@@ -20,7 +21,10 @@ from dsfreeze.strategies import make_plan
 
 @dataclass
 class Job:
-    """A recipe made concrete. `anatomy` is the module's as it trains, adapters included."""
+    """A recipe made concrete. `anatomy` is the module's as it trains, adapters included; `plain` is without them.
+
+    `plan` is the one in force, which an adaptive strategy revises; `first_plan` the one the run began with.
+    """
 
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
@@ -29,6 +33,8 @@ class Job:
     anatomy: Anatomy
     plan: FreezePlan
     base: Base
+    plain: Anatomy
+    first_plan: FreezePlan
 
     @property
     def output_dir(self) -> Path:
@@ -47,11 +53,21 @@ def load_task(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, TaskData, nn.Mod
 
 
 def prepare_job(recipe: Recipe, num_steps: int | None = None) -> Job:
-    """Load and plan; raises UserError for every mistake in the recipe that loading can find."""
+    """Load and plan; raises UserError for every mistake in the recipe that loading can find.
+
+    `num_steps`: the run's length where it is known already; else the recipe and the data give it.
+    """
     tokenizer, data, module = load_task(recipe)
     plain = read_anatomy(module, recipe.model.name)
-    plan = make_plan(plain, recipe.freeze, num_steps)
+    plan = make_plan(plain, recipe.freeze, num_steps or _num_steps(recipe, data))
     base = Base(recipe.model.name, base_hash(module), plain.digest)
     if plan.adapter is not None:
         add_adapters(module, plan.adapter, seed=recipe.train.seed)
-    return Job(recipe, tokenizer, data, module, plan.adapted(plain), plan, base)
+    return Job(recipe, tokenizer, data, module, plan.adapted(plain), plan, base, plain, plan)
+
+
+def _num_steps(recipe: Recipe, data: TaskData) -> int | None:
+    """How many optimizer steps the run has; None when there is nothing to train on."""
+    if data.train is None:
+        return None
+    return num_steps_of(recipe.train, len(data.train), read_ranks().world_size)

@@ -30,13 +30,18 @@ class Journal:
         environment: Mapping[str, Any],
         deepspeed_config: Mapping[str, Any] | None,
         *,
-        resume: bool,
+        resume_step: int | None,
     ) -> None:
         """Start the record, or go on with it, and start the trackers; raises UserError."""
         if not self.leader:
             return
         self._record = Record.create(
-            recipe.train.output_dir, recipe, plan, environment, deepspeed_config=deepspeed_config, resume=resume
+            recipe.train.output_dir,
+            recipe,
+            plan,
+            environment,
+            deepspeed_config=deepspeed_config,
+            resume_step=resume_step,
         )
         self._trackers = start_trackers(recipe)
 
@@ -53,6 +58,9 @@ class Journal:
 
     def event(self, kind: str, **fields: Any) -> None:
         self._try(lambda: self._record.event(kind, **fields))
+
+    def revision(self, step: int, plan: FreezePlan, scores: Mapping[str, float]) -> None:
+        self._try(lambda: self._record.revision(step, plan, scores))
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         """The run is over; raises what failed to be written."""

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from dsfreeze.checkpoint import Checkpoint
-from dsfreeze.data import Loader, Step, check_packing
+from dsfreeze.data import Loader, Step, check_packing, num_steps_of
 from dsfreeze.engine import Engine, Memory
 from dsfreeze.engine.process import agree, build_engine, process_group, together
 from dsfreeze.engine.ranks import Ranks
@@ -30,14 +30,12 @@ from dsfreeze.evaluation import evaluate
 from dsfreeze.interrupt import Interrupt, Interrupted
 from dsfreeze.job import Job, prepare_job
 from dsfreeze.journal import Journal
+from dsfreeze.phases import Phases
 from dsfreeze.progress import StepBar
 from dsfreeze.recipe import Recipe
 from dsfreeze.saving import find_start, save_checkpoint, save_model
-from dsfreeze.schedule import learning_rate_schedule
+from dsfreeze.schedule import learning_rate_schedule, rates_at
 from dsfreeze.trackers import require_trackers
-
-#: After so many steps it is asked whether every trainable tensor moves, so that a mistake is not found out at the end.
-FIRST_LOOK = 10
 
 
 def train(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
@@ -68,9 +66,10 @@ class Run:
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             rank=ranks.rank, world_size=ranks.world_size, seed=options.seed,
         )  # fmt: skip
-        per_epoch = self.loader.steps_per_epoch
-        self.total = options.max_steps if options.max_steps > 0 else math.ceil(options.num_train_epochs * per_epoch)
-        self.learning_rate = learning_rate_schedule(options, self.total)
+        assert job.data.train is not None, "the loader has checked it"
+        self.total = num_steps_of(options, len(job.data.train), ranks.world_size)
+        self.schedule = learning_rate_schedule(options, self.total)
+        self.phases = Phases(job, self.journal, self.console, self.total)
         self.step = 0
         self.metrics: dict[str, dict[str, float]] = {}
         self.seconds: list[float] = []
@@ -80,14 +79,16 @@ class Run:
 
     def start(self) -> dict[str, Any]:
         resumed = find_start(self.job, self.total, self.loader.global_batch_size)
+        if resumed and self.job.plan.decide_at is not None:
+            self.job.plan = resumed.plan  # an adaptive plan, as far as it has been decided
         engine = build_engine(self.job.module, self.job.anatomy, self.job.recipe, self.job.plan)
         try:
-            engine.enter(self.job.plan.phase_at(resumed.step if resumed else 0))
+            self.phases.start(engine, resumed.step if resumed else 0)
             if self.job.recipe.data.packing:
                 check_packing(engine.no_grad_forward, self.job.module.config.vocab_size)
             if resumed:
                 self._resume(engine, resumed)
-            together(lambda: self._open_journal(engine, resuming=resumed is not None))
+            together(lambda: self._open_journal(engine, resumed.step if resumed else None))
             return self._run(engine)
         finally:
             self.journal.close()
@@ -97,13 +98,14 @@ class Run:
         engine.load_state(found.state())
         state = found.trainer_state
         self.loader.load_state_dict(state["loader"])
+        self.phases.load_state_dict(state["phases"])
         self.metrics.update(state["metrics"])
         self.step, self.loss = found.step, state["loss"]
         self.console.print(f"resumed from {found.folder}", highlight=False)
 
-    def _open_journal(self, engine: Engine, *, resuming: bool) -> None:
+    def _open_journal(self, engine: Engine, resume_step: int | None) -> None:
         environment = describe_environment(engine.device, engine.world_size)
-        self.journal.open(self.job.recipe, self.job.plan, environment, engine.config, resume=resuming)
+        self.journal.open(self.job.recipe, self.job.first_plan, environment, engine.config, resume_step=resume_step)
 
     def _run(self, engine: Engine) -> dict[str, Any]:
         with Interrupt() as interrupt:
@@ -116,20 +118,21 @@ class Run:
                     self._one_step(engine, next(steps), interrupt, bar)
         # from here on a signal acts at once: the last step is saved, and resuming does what is left
         memory = engine.memory()
-        still = self._look_for_still(engine)
+        if self.seconds:
+            self.phases.look(engine, self.step)
         self._evaluate(engine, "after")
-        return self._finish(engine, memory, still)
+        return self._finish(engine, memory)
 
     def _one_step(self, engine: Engine, step: Step, interrupt: Interrupt, bar: StepBar) -> None:
         began = time.perf_counter()
-        engine.enter(self.job.plan.phase_at(self.step))
+        self.phases.enter(engine, self.step)
         # dropout depends on (seed, step, rank) alone, so a resumed run needs no generator state
         torch.manual_seed(hash((self.options.seed, self.step, engine.rank)) % 2**63)
         loss = 0.0
         for batch, items in step.micro_batches:
             loss += engine.forward_backward(batch, items / step.global_items)
-        learning_rate = self.learning_rate(self.step)
-        norm = engine.step(learning_rate)
+        learning_rate, own = rates_at(self.job.plan, self.step, self.schedule, self.options.learning_rate)
+        norm = engine.step(learning_rate, own)
         failed = float(self.journal.failure is not None)
         loss, tokens, failures, *signals = engine.sum([loss, float(step.tokens), failed, *interrupt.flags()])
         seconds = time.perf_counter() - began
@@ -151,14 +154,13 @@ class Run:
         }  # fmt: skip
         self.journal.step(line, track=self.step % self.options.logging_steps == 0 or self.step == self.total)
         bar.advance(self.step, loss, tokens / seconds)
+        self.phases.after_step(engine, self.step, loss, learning_rate)
         if any(signals):
             raise Interrupted(interrupt.first(signals), self.step, str(self._save(engine)))
         self._between_steps(engine, step.last_of_epoch)
 
     def _between_steps(self, engine: Engine, epoch_ended: bool) -> None:
         o, step = self.options, self.step
-        if step == FIRST_LOOK < self.total:  # the end has its own look
-            self._look_for_still(engine)
         if step == self.total:  # as transformers does, the last step is saved whatever save_steps says
             if o.save_strategy != "no":
                 self._save(engine)
@@ -176,42 +178,26 @@ class Run:
         figures = "  ".join(f"{name} {value:.4g}" for name, value in self.metrics[when].items())
         self.console.print(f"[bold]evaluation[/] {when}: {figures}", highlight=False)
 
-    def _look_for_still(self, engine: Engine) -> tuple[str, ...]:
-        """Trainable tensors that stand still, which a warning names; a frozen one that moved is a bug of ours."""
-        moved = engine.movement()
-        if moved.frozen_changed:
-            raise AssertionError(f"frozen tensors changed: {moved.frozen_changed[:3]}")
-        still = moved.never_moved if self.seconds else ()
-        if still:
-            self.journal.event("never_moved", step=self.step, tensors=list(still))
-            self.console.print(
-                f"[yellow]warning[/] {len(still)} trainable tensors have not moved by step {self.step}: "
-                f"{', '.join(still[:3])}{' ...' if len(still) > 3 else ''}. The model's forward pass does not use them, "
-                "or no gradient reaches them; freeze them, or mend the model.",
-                highlight=False,
-            )
-        return still
-
     # -- the end -----------------------------------------------------------------------------------------------
 
     def _save(self, engine: Engine) -> Path:
         state = {
             "loader": self.loader.state_dict(), "global_batch_size": self.loader.global_batch_size,
-            "metrics": self.metrics, "loss": self.loss,
+            "metrics": self.metrics, "loss": self.loss, "phases": self.phases.state_dict(), "num_steps": self.total,
         }  # fmt: skip
         folder = save_checkpoint(engine, self.job, self.step, state)
         self.journal.event("checkpoint", step=self.step, folder=folder.name)
         return folder
 
-    def _finish(self, engine: Engine, memory: Memory, still: tuple[str, ...]) -> dict[str, Any]:
+    def _finish(self, engine: Engine, memory: Memory) -> dict[str, Any]:
         """Export the model, if it is wanted, and write the summary, which every rank returns."""
-        summary = self._summary(engine, memory, still)
+        summary = self._summary(engine, memory)
         if self.options.export:
             summary["model"] = str(save_model(engine, self.job, self.metrics.get("after", {})))
         together(lambda: self.journal.summary(summary))
         return engine.gather(summary)[0]
 
-    def _summary(self, engine: Engine, memory: Memory, still: tuple[str, ...]) -> dict[str, Any]:
+    def _summary(self, engine: Engine, memory: Memory) -> dict[str, Any]:
         job, steady = self.job, self.seconds[2:] or self.seconds
         cost = estimate(job.anatomy, job.plan, world_size=engine.world_size, sequence_length=job.recipe.data.max_length)
         return {
@@ -220,5 +206,6 @@ class Run:
             "trainable": cost.trainable, "total": cost.total,
             "flops_vs_full": cost.flops_per_token / cost.full_flops_per_token,
             "seconds_per_step": statistics.median(steady) if steady else None, "memory": asdict(memory),
-            "never_moved": list(still), "record": str(job.output_dir), "model": None,
+            "never_moved": list(self.phases.still), "switches": self.phases.switches,
+            "seconds_switching": self.phases.seconds_switching, "record": str(job.output_dir), "model": None,
         }  # fmt: skip

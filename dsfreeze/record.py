@@ -2,11 +2,12 @@
 
     runs/<name>/
       recipe.yaml        the resolved recipe, every key
-      plan.json          the freeze plan
+      plan.json          the freeze plan that the run began with
       deepspeed.json     the DeepSpeed configuration as it was used; absent with zero: local
       environment.json   format version, versions, platform, device of the run's start
       steps.jsonl        a line per step, written as it ends
-      events.jsonl       evaluations, checkpoints, resumptions
+      events.jsonl       evaluations, checkpoints, resumptions, phases entered
+      revisions.jsonl    the plans that an adaptive strategy decided on, each with the scores that caused it
       summary.json       at the end; absent while a run goes on, or was killed
 
 Whole files appear by renaming. Nothing of the process's environment variables or of any credential goes in.
@@ -30,7 +31,7 @@ from dsfreeze.recipe_yaml import dump_yaml, parse_yaml, read_file
 
 FORMAT_VERSION = 1
 RECIPE, PLAN, DEEPSPEED, ENVIRONMENT = "recipe.yaml", "plan.json", "deepspeed.json", "environment.json"
-STEPS, EVENTS, SUMMARY = "steps.jsonl", "events.jsonl", "summary.json"
+STEPS, EVENTS, REVISIONS, SUMMARY = "steps.jsonl", "events.jsonl", "revisions.jsonl", "summary.json"
 #: Folder of the exported model, beside the record.
 MODEL = "model"
 
@@ -45,6 +46,7 @@ class RecordData:
     environment: dict[str, Any]
     steps: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
+    revisions: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] | None = None
 
 
@@ -63,14 +65,14 @@ class Record:
         environment: Mapping[str, Any],
         *,
         deepspeed_config: Mapping[str, Any] | None = None,
-        resume: bool = False,
+        resume_step: int | None = None,
     ) -> Record:
-        """Start a record in `folder`, or with `resume` go on with the one that is there (there may be none).
+        """Start a record in `folder`, or go on after `resume_step` with the one that is there (there may be none).
 
         A record that is gone on with keeps its first environment and its steps; the new environment is an event.
         """
         record = cls(Path(folder))
-        require_free(record.folder, plan, resume=resume)
+        require_free(record.folder, plan, resume_step=resume_step)
         going_on = holds_record(record.folder)
         record._make_folder()
         record._write(RECIPE, dump_yaml(recipe.model_dump(mode="json")))
@@ -78,8 +80,8 @@ class Record:
         if deepspeed_config is not None:
             record._write(DEEPSPEED, _dump(deepspeed_config, indent=1))
         if going_on:
-            record._mend(STEPS)
-            record._mend(EVENTS)
+            for name in (STEPS, EVENTS, REVISIONS):
+                record._mend(name)
             (record.folder / SUMMARY).unlink(missing_ok=True)
             record.event("resumed", environment=dict(environment))
         else:
@@ -101,6 +103,10 @@ class Record:
     def event(self, kind: str, **fields: Any) -> None:
         """Add an event, with the time."""
         self._append(EVENTS, {"event": kind, "time": _now(), **fields})
+
+    def revision(self, step: int, plan: FreezePlan, scores: Mapping[str, float]) -> None:
+        """Add a plan that an adaptive strategy decided on after `step` steps, with the scores that caused it."""
+        self._append(REVISIONS, {"step": step, "scores": scores, "plan": json.loads(plan.to_json())})
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         """Write the summary: the run is over."""
@@ -149,19 +155,20 @@ def holds_record(folder: Path) -> bool:
     return (folder / RECIPE).is_file() and (folder / PLAN).is_file()
 
 
-def require_free(folder: Path, plan: FreezePlan, *, resume: bool = False) -> None:
+def require_free(folder: Path, plan: FreezePlan, *, resume_step: int | None = None) -> None:
     """UserError when `folder` cannot take this run's record; cheap enough to ask on every rank before building."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"train.output_dir {folder} is a file; name a folder.")
     if not holds_record(folder):
         return
-    if not resume:
+    if resume_step is None:
         going_on = "continue that run with train.resume_from_checkpoint=true, "
         raise UserError(
             f"{folder} holds the record of another run. Name another train.output_dir, "
             f"{going_on if any(folder.glob('checkpoint-*')) else ''}or remove the folder."
         )
-    if FreezePlan.from_json(_read_text(folder / PLAN)).digest != plan.digest:
+    recorded, step = FreezePlan.from_json(_read_text(folder / PLAN)), max(1, resume_step)
+    if recorded.until(step).digest != plan.until(step).digest:
         raise UserError(
             f"{folder} holds the record of a run with another freeze plan, and one record tells of one plan. "
             "Name another train.output_dir."
@@ -184,9 +191,13 @@ def read_record(folder: Path | str) -> RecordData:
         plan = FreezePlan.from_json(_read_text(folder / PLAN))
     except UserError as error:
         raise UserError(f"{folder / PLAN}: {error}") from None
+    steps = _in_order(folder / STEPS)
+    done = steps[-1]["step"] if steps else 0
+    # a run that went back to a checkpoint may have left decisions that it has not come to again
+    revisions = [line for line in _in_order(folder / REVISIONS) if line["step"] <= done]
     return RecordData(
-        folder, document.values, plan, environment, steps=_in_order(folder / STEPS),
-        events=list(_read_lines(folder / EVENTS)), summary=_read_object(folder / SUMMARY),
+        folder, document.values, plan, environment, steps=steps,
+        events=list(_read_lines(folder / EVENTS)), revisions=revisions, summary=_read_object(folder / SUMMARY),
     )  # fmt: skip
 
 

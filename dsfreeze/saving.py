@@ -36,7 +36,7 @@ def find_start(job: Job, total_steps: int, global_batch_size: int) -> Checkpoint
 
 def _look_around(job: Job, total_steps: int, global_batch_size: int) -> Checkpoint | None:
     found = _find_checkpoint(job, total_steps, global_batch_size)
-    require_free(job.output_dir, job.plan, resume=found is not None)
+    require_free(job.output_dir, job.plan, resume_step=found.step if found else None)
     if job.recipe.train.export:
         require_writable(job.output_dir / MODEL)
     return found
@@ -77,7 +77,11 @@ def save_checkpoint(engine: Engine, job: Job, step: int, trainer_state: Mapping[
     """Write checkpoint-`step`; returns the folder (collective)."""
     state = engine.export_state()
     folder, keep = job.output_dir / f"{checkpoints.PREFIX}{step}", job.recipe.train.save_total_limit
-    _on_leader(lambda: checkpoints.save(job.output_dir, step, state, job.plan, job.base, trainer_state, keep=keep))
+    _on_leader(
+        lambda: checkpoints.save(
+            job.output_dir, step, state, job.plan, job.base, trainer_state, first_plan=job.first_plan, keep=keep
+        )
+    )
     return folder
 
 

@@ -232,12 +232,6 @@ class TestMistakes:
         with pytest.raises(UserError, match=r"Did you mean 'lm_head.weight'"):
             engine.enter(Phase(0, None, ("lm_haed.weight",)))
 
-    def test_another_set_names_static_strategies(self):
-        engine = make("bottom")
-        engine.enter(phase_of(engine.anatomy, "bottom"))
-        with pytest.raises(UserError, match=r"joins: model.embed_tokens.weight.*static strategy: full, head, bottom"):
-            engine.enter(phase_of(engine.anatomy, "full"))
-
     def test_a_flag_flipped_by_hand(self):
         engine = make("bottom")
         engine.module.model.layers[0].mlp.up_proj.weight.requires_grad_(True)

@@ -17,6 +17,7 @@ from dsfreeze import loop, saving
 from dsfreeze.errors import UserError
 from dsfreeze.export import load_file
 from dsfreeze.loop import train
+from dsfreeze.phases import FIRST_LOOK
 from dsfreeze.record import read_record
 
 
@@ -111,7 +112,7 @@ def test_a_trainable_layer_that_the_forward_pass_skips_is_named(tmp_path, monkey
     summary = train(tiny_recipe(tmp_path, train={"max_steps": 12, "export": False}), shown)
     assert summary["never_moved"]
     assert all(name.startswith("model.layers.3.") for name in summary["never_moved"])
-    assert happened(tmp_path / "run", "never_moved", "step") == [loop.FIRST_LOOK, 12]
+    assert happened(tmp_path / "run", "never_moved", "step") == [FIRST_LOOK, 12]
     assert "have not moved by step 10: model.layers.3." in shown.file.getvalue()
 
 

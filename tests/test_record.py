@@ -65,7 +65,7 @@ def test_half_a_last_line_is_passed_over_and_cut_when_the_run_goes_on(folder):
     with (folder / "steps.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
     assert [step["step"] for step in read_record(folder).steps] == [1]
-    record = Record.create(folder, RECIPE, PLAN, {"device": "cuda"}, resume=True)
+    record = Record.create(folder, RECIPE, PLAN, {"device": "cuda"}, resume_step=3)
     record.step(line(2))
     data = read_record(folder)
     assert [step["step"] for step in data.steps] == [1, 2]
@@ -80,7 +80,7 @@ def test_a_resumed_runs_lines_replace_those_it_repeats(folder):
     for step in range(1, 6):
         record.step(line(step, 1.0))
     record.summary({"steps": 5})
-    record = Record.create(folder, RECIPE, PLAN, ENVIRONMENT, resume=True)
+    record = Record.create(folder, RECIPE, PLAN, ENVIRONMENT, resume_step=3)
     record.step(line(3, 2.0))
     data = read_record(folder)
     assert [(step["step"], step["loss"]) for step in data.steps] == [(1, 1.0), (2, 1.0), (3, 2.0)]
@@ -115,7 +115,7 @@ def test_another_runs_record_is_not_overwritten(folder):
     with pytest.raises(UserError, match=r"another run\. Name another train\.output_dir, or remove"):
         Record.create(folder, RECIPE, PLAN, ENVIRONMENT)
     with pytest.raises(UserError, match="another freeze plan"):
-        Record.create(folder, RECIPE, OTHER, ENVIRONMENT, resume=True)
+        Record.create(folder, RECIPE, OTHER, ENVIRONMENT, resume_step=3)
     with pytest.raises(UserError, match="another run"):
         require_free(folder, PLAN)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -125,7 +125,7 @@ def test_another_runs_record_is_not_overwritten(folder):
 
 
 def test_resuming_into_a_new_folder_starts_a_record(folder):
-    Record.create(folder, RECIPE, PLAN, ENVIRONMENT, resume=True)
+    Record.create(folder, RECIPE, PLAN, ENVIRONMENT, resume_step=3)
     assert holds_record(folder)
     assert read_record(folder).environment["device"] == "cpu"
 
@@ -212,7 +212,7 @@ def test_a_damaged_record_says_which_file(name, content, expected, folder):
 )
 def test_junk_in_any_file_is_a_user_error_or_read(name, junk, tmp_path):
     """Oracle: no other exception."""
-    Record.create(tmp_path, RECIPE, PLAN, ENVIRONMENT, resume=True)
+    Record.create(tmp_path, RECIPE, PLAN, ENVIRONMENT, resume_step=3)
     whole = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else b""
     (tmp_path / name).write_bytes(junk)
     try:

@@ -13,7 +13,7 @@ import numpy as np
 from dsfreeze import metrics
 from dsfreeze.data import causal_lm, classification, seq2seq, sft, sources, tokens
 from dsfreeze.data.examples import Batch, Example, Examples, Prompts, TaskData
-from dsfreeze.data.loader import Loader, Step
+from dsfreeze.data.loader import Loader, Step, num_steps_of
 from dsfreeze.data.packing import check_packing
 from dsfreeze.data.sources import Table, Tables
 from dsfreeze.errors import UserError
@@ -23,7 +23,18 @@ if TYPE_CHECKING:
 
     from dsfreeze.recipe import Recipe
 
-__all__ = ["Batch", "Example", "Examples", "Loader", "Prompts", "Step", "TaskData", "check_packing", "prepare"]
+__all__ = [
+    "Batch",
+    "Example",
+    "Examples",
+    "Loader",
+    "Prompts",
+    "Step",
+    "TaskData",
+    "check_packing",
+    "num_steps_of",
+    "prepare",
+]
 
 TASKS = {
     "classification": classification.prepare,

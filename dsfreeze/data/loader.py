@@ -8,6 +8,7 @@ collectives need every rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from dsfreeze.data.examples import Batch, Collate, Examples
 from dsfreeze.errors import UserError
+from dsfreeze.recipe import TrainOptions
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,14 @@ class Step:
     epoch: int
     """Counted from 0."""
     last_of_epoch: bool
+
+
+def num_steps_of(options: TrainOptions, num_examples: int, world_size: int) -> int:
+    """Optimizer steps of a run: train.max_steps, or so many as its epochs have."""
+    if options.max_steps > 0:
+        return options.max_steps
+    batch = options.per_device_train_batch_size * options.gradient_accumulation_steps * world_size
+    return math.ceil(options.num_train_epochs * -(-num_examples // batch))
 
 
 class Loader(Iterator[Step]):

@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on this rank. The first four are counted from live objects; `allocated` and `peak` are the device's
-    (CUDA allocator), or the process's resident set on a CPU."""
+    """Bytes on this rank. All but the last two are counted from live objects; `allocated` and `peak` are the device's
+    (CUDA allocator), or the process's resident set on a CPU. `parked` is the state of tensors that trained before and do
+    not now: on the device where the plan keeps it, in host memory otherwise."""
 
     weights: int
     gradients: int
     masters: int
     optimizer_state: int
+    parked: int
     allocated: int
     peak: int
 
@@ -54,8 +56,9 @@ class Engine(Protocol):
     config: Mapping[str, Any] | None
     """The DeepSpeed configuration; None without DeepSpeed."""
 
-    def enter(self, phase: Phase) -> None:
-        """Make exactly the phase's tensors trainable (collective: digests of the set are compared first)."""
+    def enter(self, phase: Phase) -> bool:
+        """Make exactly the phase's tensors trainable; whether that changed anything (collective: digests of the set are
+        compared first). Tensors that leave and come back do so by the plan's state rule."""
 
     def forward_backward(self, batch: Mapping[str, torch.Tensor], weight: float) -> float:
         """Backward of `weight` x the model's own (mean) loss; returns that product. With weight 0 a batch is a filler.
@@ -64,10 +67,22 @@ class Engine(Protocol):
         passes local items / global items as the weight, so that a step does not depend on the world size.
         """
 
-    def step(self, learning_rate: float) -> float:
-        """Clip, update, clear gradients; returns the global gradient norm before clipping (collective)."""
+    def step(self, learning_rate: float, own_rates: Mapping[str, float] | None = None) -> float:
+        """Clip, update, clear gradients; returns the global gradient norm before clipping (collective).
 
-    def no_grad_forward(self, batch: Mapping[str, torch.Tensor]) -> Any:
+        `own_rates`: learning rates of layers, by name, that differ from `learning_rate`.
+        """
+
+    def watch(self, *, gradients: bool = False, changes: bool = False) -> None:
+        """From now on measure what `gradients` and `changes` report, and nothing else; `changes` counts from here."""
+
+    def gradients(self) -> dict[str, tuple[float, float]]:
+        """(L1 norm, squared L2 norm) of each trained tensor's gradient in the last step, before clipping (collective)."""
+
+    def changes(self) -> dict[str, tuple[float, float]]:
+        """(squared distance from the start, squared norm at the start) of each tensor that trains now (collective)."""
+
+    def no_grad_forward(self, batch: Mapping[str, torch.Tensor], **options: Any) -> Any:
         """The module's output in eval mode without a graph (collective at stage 3)."""
 
     def generate(self, batch: Mapping[str, torch.Tensor], **options: Any) -> torch.Tensor:
@@ -82,16 +97,23 @@ class Engine(Protocol):
     def barrier(self) -> None: ...
 
     def export_state(self) -> dict[str, TensorState]:
-        """State of every trained tensor by name, full and on the CPU, on rank 0; {} elsewhere (collective)."""
+        """State of every tensor that ever trained by name, full and on the CPU, on rank 0; {} elsewhere (collective).
+
+        A tensor that does not train now has, beside its weight, what the state rule keeps of it.
+        """
 
     def load_state(self, state: Mapping[str, TensorState]) -> None:
-        """Put back what `export_state` gave, at any stage and world size; every rank passes all of it (collective)."""
+        """Put back what `export_state` gave, at any stage and world size; every rank passes all of it (collective).
+
+        The phase that it was exported in must have been entered.
+        """
 
     def export_weights(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Full CPU copies of the named parameters in the model's dtype, on rank 0; {} elsewhere (collective)."""
 
-    def movement(self) -> Movement:
-        """Frozen tensors that changed, and trained ones that did not, since the phase was entered (collective)."""
+    def movement(self, *, frozen: bool = True) -> Movement:
+        """Frozen tensors that changed since they froze, and trained ones that did not since the phase was entered
+        (collective). With `frozen` False the former, which costs a pass over the weights, are not looked at."""
 
     def memory(self, *, reset_peak: bool = False) -> Memory: ...
 

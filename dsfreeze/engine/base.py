@@ -9,22 +9,24 @@ from __future__ import annotations
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, get_args
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.engine import Memory, Movement, TensorState
-from dsfreeze.engine.flats import Flat
-from dsfreeze.engine.groups import Group, by_name, group_tensors
+from dsfreeze.engine.flats import Flat, Slot, lay_out
+from dsfreeze.engine.groups import Group, by_name, group_tensors, set_learning_rate
 from dsfreeze.engine.memory import Meter, nbytes, spanned_bytes
 from dsfreeze.engine.modes import Modes, set_trainable
 from dsfreeze.engine.movement import Checksums, changed, checksums, merge
+from dsfreeze.engine.parcels import Parcel
 from dsfreeze.errors import UserError, did_you_mean
-from dsfreeze.plan import Phase
-from dsfreeze.recipe import Recipe, Strategy
+from dsfreeze.plan import Phase, StateRule
+from dsfreeze.recipe import Recipe
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -39,10 +41,14 @@ class BaseEngine(ABC):
         recipe: Recipe,
         device: torch.device,
         *,
+        state: StateRule = "keep",
+        drop_master: bool = False,
         weights_on: torch.device | None = None,
     ) -> None:
-        """`weights_on`: where the parameters wait until `_build` has placed them; the device, unless it is said."""
+        """`state` and `drop_master`: what a tensor that stops training takes along (see `refreeze`). `weights_on`: where
+        the parameters wait until `_build` has placed them; the device, unless it is said."""
         self.module, self.anatomy, self.recipe, self.device = module, anatomy, recipe, device
+        self.rule, self.drop_master = state, drop_master
         self.dtype = torch.bfloat16 if recipe.train.bf16 else torch.float32
         for parameter in module.parameters():
             parameter.data = parameter.data.to(weights_on or device, self.dtype)
@@ -55,36 +61,60 @@ class BaseEngine(ABC):
         self._parameters = list(module.named_parameters())
         self._meter = Meter(device)
         self._trainable: tuple[str, ...] = ()
+        self._ever_trained: set[str] = set()
         self._modes: Modes | None = None
+        self._before: Checksums = {}
+        self._watches_gradients = False
+        self._gradients: dict[str, tuple[float, float]] = {}
+        self._start: dict[str, torch.Tensor] = {}
         self.groups: list[Group] = []
         #: What the optimizer steps on this rank; empty before a phase is entered.
         self.flats: list[Flat] = []
 
     # -- phases ------------------------------------------------------------------------------------------------
 
-    def enter(self, phase: Phase) -> None:
-        """Make exactly the phase's tensors trainable and build the optimizer over them; the same set again is free.
-
-        Raises UserError, on every rank, when ranks name different sets, when a set is empty or names what the model
-        lacks, and when the set differs from that of the phase before.
-        """
+    def enter(self, phase: Phase) -> bool:
+        """See the protocol. Raises UserError, on every rank, when ranks name different sets, when a set is empty or names
+        what the model lacks, and when flags were flipped behind the plan's back."""
         if self._trainable and phase.trainable == self._trainable:
-            return
+            return False
         self._agree(hashlib.sha256("\n".join(phase.trainable).encode()).hexdigest(), "which tensors train")
-        if self._trainable:
-            raise UserError(_moving(phase, self._trainable))
         if not phase.trainable:
             raise UserError(
                 "Nothing to train: every tensor is frozen. Lower freeze.fraction or name some in freeze.trainable."
             )
         names = self.anatomy.in_order(phase.trainable)
-        set_trainable(self.module, names)
         self.groups = group_tensors(self.anatomy, names, self.recipe.train.weight_decay)
+        if self._modes is None:
+            set_trainable(self.module, names)
+            self._set_modes(names)
+            self.flats = self._build()
+            self._before = self._checksums()
+        else:
+            self._check_flags()
+            self._change(names)
+        self._trainable = names
+        self._ever_trained.update(names)
+        return True
+
+    def _change(self, names: tuple[str, ...]) -> None:
+        """Another set: the state moves by the rule, prefix and checkpointing follow the new lowest trainable layer."""
+        joining = set(names) - set(self._trainable)
+        frozen = self._frozen_checksums(joining)
+        thawed = self.gather(changed(self._before, frozen))
+        assert not any(thawed), f"frozen tensors changed: {thawed}"
+        self._refreeze(names)
+        self._set_modes(names)
+        kept = {name: sums for name, sums in self._before.items() if name not in self._trainable}
+        left = set(self._trainable) - set(names)
+        self._before = {**kept, **self._frozen_checksums(left), **self._trained_checksums()}
+
+    def _set_modes(self, names: tuple[str, ...]) -> None:
+        if self._modes is not None:
+            self._modes.close()
+            self.module.eval()  # what left the prefix is switched to training with everything else
         self._modes = Modes(self.module, self.anatomy, names, self.recipe.train.gradient_checkpointing)
         self._modes.train()
-        self.flats = self._build()
-        self._trainable = phase.trainable
-        self._before = self._checksums()
 
     def _check_flags(self) -> None:
         """UserError when a tensor's requires_grad is not what the plan says: the optimizer would ignore the change."""
@@ -117,16 +147,56 @@ class BaseEngine(ABC):
         self._backward(loss)
         return float(loss.detach())
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, own_rates: Mapping[str, float] | None = None) -> float:
         self._check_flags()
-        return self._update(learning_rate)
+        if self._watches_gradients:
+            self._gradients = self._measure_gradients()
+        set_learning_rate(self.optimizer, learning_rate, own_rates or {})
+        return self._update()
+
+    # -- measuring ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def watch(self, *, gradients: bool = False, changes: bool = False) -> None:
+        self._watches_gradients = gradients
+        shares = (pair for flat in self.flats for pair in flat.local()) if changes else ()
+        # a copy in host memory, of this rank's shares alone
+        self._start = {name: value.to("cpu", copy=True) for name, value in shares}
+
+    def gradients(self) -> dict[str, tuple[float, float]]:
+        return self._gradients
+
+    @torch.no_grad()
+    def changes(self) -> dict[str, tuple[float, float]]:
+        sums = dict.fromkeys(self._trainable, (0.0, 0.0))
+        for flat in self.flats:
+            for name, value in flat.local():
+                start = self._start[name].to(value.device)
+                sums[name] = (float((value - start).double().square().sum()), float(start.double().square().sum()))
+        return self._over_ranks(sums)
+
+    @torch.no_grad()
+    def _measure_gradients(self) -> dict[str, tuple[float, float]]:
+        sums = dict.fromkeys(self._trainable, (0.0, 0.0))
+        for flat, share in zip(self.flats, self._gradient_shares(), strict=True):
+            for name, value in flat.local(share):
+                exact = value.double()
+                sums[name] = (float(exact.abs().sum()), float(exact.square().sum()))
+        return self._over_ranks(sums)
+
+    def _over_ranks(self, sums: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        """Sums over the ranks' shares; where every rank holds the whole, its own."""
+        if not any(flat.world_size > 1 for flat in self.flats):
+            return sums
+        totals = self.sum([value for pair in sums.values() for value in pair])
+        return dict(zip(sums, zip(totals[::2], totals[1::2], strict=True), strict=True))
 
     # -- evaluation --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def no_grad_forward(self, batch: Mapping[str, torch.Tensor]) -> Any:
+    def no_grad_forward(self, batch: Mapping[str, torch.Tensor], **options: Any) -> Any:
         self.module.eval()
-        return self.module(**self._move(batch), **self._forward_options)
+        return self.module(**self._move(batch), **self._forward_options, **options)
 
     @torch.no_grad()
     def generate(self, batch: Mapping[str, torch.Tensor], **options: Any) -> torch.Tensor:
@@ -144,19 +214,22 @@ class BaseEngine(ABC):
 
     @torch.no_grad()
     def export_state(self) -> dict[str, TensorState]:
-        names = [slot.name for flat in self.flats for slot in flat.slots]
+        names = self.anatomy.in_order(self._ever_trained) if self._ever_trained else ()
         state: dict[str, TensorState] = {n: {"weight": w} for n, w in self.export_weights(names).items()}
-        for flat in self.flats:
-            moments = self.optimizer.state.get(flat.tensor, {})
-            shares = {} if self.dtype == torch.float32 else {"master": flat.tensor}
-            shares |= {kind: moments[kind] for kind in MOMENTS if kind in moments}
-            for kind, share in shares.items():
-                gathered = self._collect(share.detach(), flat.world_size)
-                for name, value in (flat.join(gathered) if gathered else {}).items():
+        for parcel in (*self._live(), *self._parked()):
+            for kind, share in parcel.shares().items():
+                gathered = self._collect(share, parcel.flat.world_size)
+                for name, value in (parcel.flat.join(gathered) if gathered else {}).items():
                     state[name][kind] = value.clone()
-            for slot in flat.slots if self.rank == 0 and moments else ():
-                state[slot.name]["step"] = moments["step"].detach().float().cpu().clone()
-        return {name: state[name] for name in self.anatomy.in_order(state)} if state else {}
+            for name in parcel.flat.names if self.rank == 0 and parcel.step is not None else ():
+                state[name]["step"] = torch.tensor(parcel.step, dtype=torch.float32)
+        return state
+
+    def _live(self) -> list[Parcel]:
+        rounded = self.dtype != torch.float32
+        return [
+            Parcel(f, dict(self.optimizer.state.get(f.tensor, {})), has_master=rounded, live=True) for f in self.flats
+        ]
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, TensorState]) -> None:
@@ -165,24 +238,43 @@ class BaseEngine(ABC):
             raise UserError(
                 f"The state holds '{unknown[0]}', which the model lacks.{did_you_mean(unknown[0], self._named)}"
             )
+        missing = [name for name in self._trainable if name not in state]
+        if missing:
+            raise UserError(f"The state does not hold '{missing[0]}', which the plan trains.")
         self._write_weights({name: _precise(e, self.dtype) for name, e in state.items()})
+        self._prepare_groups({name: float(e["step"]) if "step" in e else None for name, e in state.items()})
         for flat in self.flats:
-            missing = [slot.name for slot in flat.slots if slot.name not in state]
-            if missing:
-                raise UserError(f"The state does not hold '{missing[0]}', which the plan trains.")
             entries = {slot.name: state[slot.name] for slot in flat.slots}
             self._write(flat.tensor, flat, {n: _precise(e, torch.float32) for n, e in entries.items()})
             self._load_moments(flat, entries)
+        self._ever_trained.update(state)
+        self._park({name: entry for name, entry in state.items() if name not in self._trainable})
         self._before = self._checksums()
 
+    def _parcel_of(
+        self, names: Sequence[str], state: Mapping[str, TensorState], kind: type[Flat], ranks: int
+    ) -> Parcel:
+        """This rank's share of the parked state of tensors that lie in one group."""
+        entries = {name: state[name] for name in names}
+        device = self.device if self.rule == "keep" else torch.device("cpu")
+        slots = [Slot(name, tuple(self.anatomy.by_name[name].shape), 0) for name in names]
+        first = entries[names[0]]
+        flat = lay_out(kind, slots, self.rank if ranks > 1 else 0, ranks, device)
+        if ranks == 1:
+            flat = replace(flat, tensor=flat.tensor.view(slots[0].shape))
+        moments = {k: torch.zeros_like(flat.tensor) for k in MOMENTS if k in first}
+        for moment, share in moments.items():
+            self._write(share, flat, {n: e[moment].float() for n, e in entries.items()})
+        has_master = "master" in first
+        if has_master:
+            self._write(flat.tensor, flat, {n: e["master"].float() for n, e in entries.items()})
+        else:
+            flat = replace(flat, tensor=torch.empty_like(flat.tensor, device="meta"))
+        step = {"step": first["step"].clone().to(self.device)} if "step" in first else {}
+        return Parcel(flat, {**moments, **step}, has_master)
+
     def _load_moments(self, flat: Flat, entries: Mapping[str, TensorState]) -> None:
-        steps = {float(e["step"]) if "step" in e else None for e in entries.values()}
-        if len(steps) > 1:
-            raise UserError(
-                f"Tensors of one layer come with different Adam step counts ({', '.join(entries)}): "
-                "they were not trained together. Resume with the plan they were trained with."
-            )
-        (step,) = steps
+        (step,) = {float(e["step"]) if "step" in e else None for e in entries.values()}
         if step is None:
             self.optimizer.state.pop(flat.tensor, None)
             return
@@ -206,18 +298,23 @@ class BaseEngine(ABC):
 
     # -- what moved, and bytes ---------------------------------------------------------------------------------
 
-    def movement(self) -> Movement:
+    def movement(self, *, frozen: bool = True) -> Movement:
         assert self._trainable, "enter a phase first"
-        differing = set(changed(self._before, self._checksums()))
+        now = self._checksums() if frozen else self._trained_checksums()
+        differing = set(changed(self._before, now))
         trained = set(self._trainable)
         found = self.gather((sorted(differing - trained), sorted(differing & trained)))
         order = [t.name for t in self.anatomy.tensors]
         return merge(order, [f for f, _ in found], [m for _, m in found], trained)
 
     def _checksums(self) -> Checksums:
-        frozen = ((n, self._held(p)) for n, p in self._parameters if not p.requires_grad)
-        trained = (pair for flat in self.flats for pair in flat.local())
-        return {**checksums(frozen), **checksums(trained)}
+        return {**self._frozen_checksums(set(self._named)), **self._trained_checksums()}
+
+    def _frozen_checksums(self, names: set[str]) -> Checksums:
+        return checksums((n, self._held(p)) for n, p in self._parameters if n in names and not p.requires_grad)
+
+    def _trained_checksums(self) -> Checksums:
+        return checksums(pair for flat in self.flats for pair in flat.local())
 
     def memory(self, *, reset_peak: bool = False) -> Memory:
         """Bytes of this rank. Step counts (0-dim), communication and staging buffers are in `allocated` alone, as is
@@ -231,6 +328,7 @@ class BaseEngine(ABC):
             gradients=spanned_bytes([p.grad for _, p in self._parameters] + list(self._gradient_buffers())),
             masters=nbytes(masters),
             optimizer_state=nbytes(moments),
+            parked=nbytes(t for parcel in self._parked() for t in parcel.shares().values()),
             allocated=allocated,
             peak=peak,
         )
@@ -273,7 +371,27 @@ class BaseEngine(ABC):
         """Add the loss's gradients to the step's: summed over micro-steps and ranks by the time of `_update`."""
 
     @abstractmethod
-    def _update(self, learning_rate: float) -> float: ...
+    def _update(self) -> float: ...
+
+    @abstractmethod
+    def _refreeze(self, names: tuple[str, ...]) -> None:
+        """Make `names` what the optimizer steps, by the state rule, and note the new flats (collective)."""
+
+    @abstractmethod
+    def _prepare_groups(self, steps: Mapping[str, float | None]) -> None:
+        """Make sure that no flat holds tensors of different step counts (collective)."""
+
+    @abstractmethod
+    def _gradient_shares(self) -> list[torch.Tensor]:
+        """For each flat this rank's share of the step's gradient, before clipping."""
+
+    @abstractmethod
+    def _parked(self) -> list[Parcel]:
+        """What is kept of tensors that do not train now."""
+
+    @abstractmethod
+    def _park(self, state: Mapping[str, TensorState]) -> None:
+        """Keep the loaded state of tensors that do not train now."""
 
     @abstractmethod
     def gather(self, value: Any) -> list[Any]: ...
@@ -297,12 +415,3 @@ def _takes(module: nn.Module, argument: str) -> bool:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _moving(phase: Phase, trained: tuple[str, ...]) -> str:
-    joined, left = sorted(set(phase.trainable) - set(trained)), sorted(set(trained) - set(phase.trainable))
-    return (
-        f"The plan changes what trains at step {phase.first_step} (joins: {_some(joined) or 'nothing'}; leaves: "
-        f"{_some(left) or 'nothing'}), and this version trains one set a run. Choose a static strategy: "
-        f"{', '.join(get_args(Strategy))}."
-    )

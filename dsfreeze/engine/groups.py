@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,12 +21,11 @@ UNDECAYED = ("bias", "norm")
 
 @dataclass(frozen=True)
 class Group:
-    """The trained tensors of one layer that share a decay setting; `lr_scale` multiplies the step's learning rate."""
+    """The trained tensors of one layer that share a decay setting."""
 
     layer: str
     tensors: tuple[str, ...]
     weight_decay: float
-    lr_scale: float = 1.0
 
 
 def group_tensors(anatomy: Anatomy, trainable: Sequence[str], weight_decay: float) -> list[Group]:
@@ -49,7 +49,7 @@ def make_adamw(
     gradients, but weight decay) changes nothing.
     """
     return torch.optim.AdamW(
-        [{"params": [tensors[name] for name in g.tensors], "weight_decay": g.weight_decay} for g in groups],
+        [{"params": [tensors[name] for name in group.tensors], **settings_of(group)} for group in groups],
         lr=0.0,
         betas=(options.adam_beta1, options.adam_beta2),
         eps=options.adam_epsilon,
@@ -57,10 +57,15 @@ def make_adamw(
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, groups: Sequence[Group], learning_rate: float) -> None:
-    """Write the step's learning rate into every group of the optimizer."""
-    for entry, group in zip(optimizer.param_groups, groups, strict=True):
-        entry["lr"] = learning_rate * group.lr_scale
+def settings_of(group: Group) -> dict[str, Any]:
+    """The hyper-parameters that a group's tensors carry in the optimizer, its layer among them."""
+    return {"lr": 0.0, "weight_decay": group.weight_decay, "layer": group.layer}
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float, own_rates: Mapping[str, float]) -> None:
+    """Write the step's learning rate into every group of the optimizer; `own_rates` by layer go before."""
+    for entry in optimizer.param_groups:
+        entry["lr"] = own_rates.get(entry["layer"], learning_rate)
 
 
 def by_name(module: nn.Module) -> dict[str, nn.Parameter]:

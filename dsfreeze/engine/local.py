@@ -7,6 +7,7 @@ trained tensors, which AdamW steps.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dsfreeze.anatomy import Anatomy
+from dsfreeze.engine import TensorState
 from dsfreeze.engine.base import BaseEngine
-from dsfreeze.engine.flats import Flat, whole
-from dsfreeze.engine.groups import make_adamw, set_learning_rate
+from dsfreeze.engine.flats import Flat, Range, whole
+from dsfreeze.engine.groups import make_adamw
+from dsfreeze.engine.modes import set_trainable
+from dsfreeze.engine.parcels import Parcel, park, put_back
 from dsfreeze.engine.ranks import device_of
 from dsfreeze.recipe import Recipe
 
@@ -26,9 +30,10 @@ class LocalEngine(BaseEngine):
 
     rank, world_size, config = 0, 1, None
 
-    def __init__(self, module: nn.Module, anatomy: Anatomy, recipe: Recipe) -> None:
-        super().__init__(module, anatomy, recipe, device_of(0))
+    def __init__(self, module: nn.Module, anatomy: Anatomy, recipe: Recipe, **rule: Any) -> None:
+        super().__init__(module, anatomy, recipe, device_of(0), **rule)
         self._stepped: dict[str, torch.Tensor] = {}
+        self._idle: list[Parcel] = []
 
     def _build(self) -> list[Flat]:
         parameters = {name: self._named[name] for group in self.groups for name in group.tensors}
@@ -39,14 +44,36 @@ class LocalEngine(BaseEngine):
         self.optimizer = make_adamw(self.groups, self._stepped, self.recipe.train)
         return [whole(name, tensor) for name, tensor in self._stepped.items()]
 
+    def _refreeze(self, names: tuple[str, ...]) -> None:
+        pool = {parcel.flat.names[0]: parcel for parcel in (*self._idle, *self._live())}
+        set_trainable(self.module, names)
+        self.flats = self._build()
+        for flat in self.flats:
+            if parcel := pool.pop(flat.names[0], None):
+                put_back(parcel, flat, self.optimizer)
+        kept = (park(parcel, self.rule, drop_master=self.drop_master) for parcel in pool.values())
+        self._idle = [parcel for parcel in kept if parcel]
+
+    def _prepare_groups(self, steps: Mapping[str, float | None]) -> None:
+        """Every tensor has a flat of its own."""
+
+    def _parked(self) -> list[Parcel]:
+        return self._idle
+
+    def _park(self, state: Mapping[str, TensorState]) -> None:
+        self._idle = [self._parcel_of([n], state, Range, 1) for n, e in state.items() if set(e) - {"weight"}]
+
+    def _gradient_shares(self) -> list[torch.Tensor]:
+        gradients = {name: self._named[name].grad for name in self._stepped}
+        return [torch.zeros_like(self._named[n]) if g is None else g for n, g in gradients.items()]
+
     def _forward(self, **batch: Any) -> Any:
         return self.module(**batch)
 
     def _backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
-    def _update(self, learning_rate: float) -> float:
-        set_learning_rate(self.optimizer, self.groups, learning_rate)
+    def _update(self) -> float:
         for name, stepped in self._stepped.items():
             # a tensor the forward pass did not reach has a zero gradient, as under ZeRO: it decays all the same
             gradient = self._named[name].grad

@@ -181,10 +181,11 @@ def build_engine(module: nn.Module, anatomy: Anatomy, recipe: Recipe, plan: Free
     if is_local(recipe):
         from dsfreeze.engine.local import LocalEngine
 
-        return LocalEngine(module, anatomy, recipe)
+        return LocalEngine(module, anatomy, recipe, state=plan.state, drop_master=plan.drop_master)
     from dsfreeze.engine.zero import ZeroEngine
 
-    return ZeroEngine(module, anatomy, recipe, engine_config(recipe, plan, anatomy, read_ranks().world_size))
+    config = engine_config(recipe, plan, anatomy, read_ranks().world_size)
+    return ZeroEngine(module, anatomy, recipe, config, state=plan.state, drop_master=plan.drop_master)
 
 
 def evaluation_engine(module: nn.Module, anatomy: Anatomy, recipe: Recipe) -> Engine:

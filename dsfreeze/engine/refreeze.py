@@ -274,7 +274,7 @@ def _groups(
         model = ledger.model_of(name)
         settings = ledger.settings[model]
         ledger.origin.setdefault(name, ledger.origin[model])
-        key = (layer_of(name), repr(sorted(settings.items())), steps.get(name))
+        key = (settings.get("layer") or layer_of(name), repr(sorted(settings.items())), steps.get(name))
         groups.setdefault(key, {**settings, "params": []})["params"].append(parameters[name])
         origins.setdefault(key, ledger.origin[name])
     return list(groups.values()), list(origins.values())

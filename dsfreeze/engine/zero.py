@@ -24,12 +24,17 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 from dsfreeze.anatomy import Anatomy
+from dsfreeze.engine import TensorState
 from dsfreeze.engine.base import BaseEngine
-from dsfreeze.engine.flats import Flat
-from dsfreeze.engine.groups import make_adamw, set_learning_rate
+from dsfreeze.engine.flats import Flat, Pieces, Range
+from dsfreeze.engine.gradients import gradient_shares
+from dsfreeze.engine.groups import make_adamw, settings_of
 from dsfreeze.engine.layout import flats_of, gradient_buffers
+from dsfreeze.engine.parcels import Parcel
 from dsfreeze.engine.process import agree, import_deepspeed
 from dsfreeze.engine.ranks import read_ranks
+from dsfreeze.engine.rebuild import close
+from dsfreeze.engine.refreeze import ledger_of, refreeze, regroup
 from dsfreeze.errors import UserError
 from dsfreeze.recipe import Recipe
 
@@ -37,12 +42,14 @@ from dsfreeze.recipe import Recipe
 class ZeroEngine(BaseEngine):
     """One rank of a DeepSpeed run; `config` is the whole DeepSpeed configuration. Needs the process group."""
 
-    def __init__(self, module: nn.Module, anatomy: Anatomy, recipe: Recipe, config: dict[str, Any]) -> None:
+    def __init__(
+        self, module: nn.Module, anatomy: Anatomy, recipe: Recipe, config: dict[str, Any], **rule: Any
+    ) -> None:
         ranks = read_ranks()
         self.rank, self.world_size, self.config = ranks.rank, ranks.world_size, config
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
         waiting = torch.device("cpu") if self.stage == 3 else ranks.device
-        super().__init__(module, anatomy, recipe, ranks.device, weights_on=waiting)
+        super().__init__(module, anatomy, recipe, ranks.device, weights_on=waiting, **rule)
         self.accumulation = recipe.train.gradient_accumulation_steps
         self._micro_steps = 0
         self.engine: Any = None
@@ -64,6 +71,37 @@ class ZeroEngine(BaseEngine):
             self.engine.optimizer.check_grad_overflow = True
         return flats_of(self.engine, self.rank, self.world_size)
 
+    def _refreeze(self, names: tuple[str, ...]) -> None:
+        settings = {name: settings_of(group) for group in self.groups for name in group.tensors}
+        self.engine = refreeze(self.engine, names, self.rule, drop_master=self.drop_master, settings=settings)
+        self._take_over()
+
+    def _take_over(self) -> None:
+        self.optimizer = self.engine.basic_optimizer
+        self.flats = flats_of(self.engine, self.rank, self.world_size)
+
+    def _prepare_groups(self, steps: Mapping[str, float | None]) -> None:
+        if any(len({steps[name] for name in flat.names}) > 1 for flat in self.flats):
+            self.engine = regroup(self.engine, steps)
+            self._take_over()
+
+    def _parked(self) -> list[Parcel]:
+        return ledger_of(self.engine).parked
+
+    def _park(self, state: Mapping[str, TensorState]) -> None:
+        groups: dict[tuple[Any, ...], list[str]] = {}
+        for name, entry in state.items():
+            if set(entry) - {"weight"}:
+                step = float(entry["step"]) if "step" in entry else None
+                apart = name if self.stage == 0 else self.anatomy.layer_of[name].name
+                groups.setdefault((apart, step, *sorted(entry)), []).append(name)
+        kind = Pieces if self.stage == 3 else Range
+        ranks = self.world_size if self.stage else 1
+        ledger_of(self.engine).parked = [self._parcel_of(names, state, kind, ranks) for names in groups.values()]
+
+    def _gradient_shares(self) -> list[torch.Tensor]:
+        return gradient_shares(self.engine)
+
     def _refuse_full_gradients(self) -> None:
         accumulates = self.config.get("data_types", {}).get("grad_accum_dtype")
         if self.stage == 1 and self.dtype == torch.bfloat16 and accumulates in ("fp32", "float32"):
@@ -84,10 +122,9 @@ class ZeroEngine(BaseEngine):
         if self._micro_steps < self.accumulation:
             self.engine.step()  # counts the micro-step, updates nothing
 
-    def _update(self, learning_rate: float) -> float:
+    def _update(self) -> float:
         assert self._micro_steps == self.accumulation, "step after gradient_accumulation_steps calls, no fewer"
         self._micro_steps = 0
-        set_learning_rate(self.optimizer, self.groups, learning_rate)
         if self.stage == 0 and self.dtype == torch.float32:
             norm = self._bare_norm()
             self.engine.step()
@@ -181,7 +218,5 @@ class ZeroEngine(BaseEngine):
     def close(self) -> None:
         super().close()
         if self.engine is not None:
-            self.engine.module_forward_pre_hook.remove()
-            self.engine.module_forward_post_hook.remove()
-            self.engine.destroy()
+            close(self.engine)
             self.engine = None

@@ -34,6 +34,9 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
+ADAPTIVE: dict = {}
+
+
 def make_plan(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
     """The plan that the options ask for; UserError when they contradict the model (among each other, `FreezeOptions`
     has checked them).
