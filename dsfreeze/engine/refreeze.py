@@ -46,10 +46,6 @@ class Ledger:
     origin: dict[str, int] = field(default_factory=dict)
     dims: dict[str, int] = field(default_factory=dict)
 
-    def settings_of(self, name: str) -> dict[str, Any]:
-        """A tensor's hyper-parameters: its own, or those of the tensor that `model_of` finds."""
-        return self.settings[self.model_of(name)]
-
     def model_of(self, name: str) -> str:
         """Of the tensors whose hyper-parameters are known, the one to follow: itself; its namesake in another layer; one
         of as many dimensions (a gain follows gains); any."""
@@ -253,8 +249,9 @@ def _remember(engine: Any, ledger: Ledger, settings: Mapping[str, Mapping[str, A
         if ledger.origin[name] in rates:
             own["lr"] = rates[ledger.origin[name]]
     for name, own in settings.items():
-        ledger.settings[name] = {**ledger.settings_of(name), **own}
-        ledger.origin.setdefault(name, ledger.origin[ledger.model_of(name)])
+        model = ledger.model_of(name)
+        ledger.origin.setdefault(name, ledger.origin[model])
+        ledger.settings[name] = {**ledger.settings[model], **own}
 
 
 def layer_of(name: str) -> str:
