@@ -20,6 +20,7 @@ Task = Literal["classification", "tokens", "causal_lm", "sft", "seq2seq"]
 Strategy = Literal[
     "full", "head", "bottom", "top", "interval", "random", "middle", "ranked", "patterns",
     "bitfit", "norms", "attention", "lora", "dora",
+    "lisa", "badam", "hift", "owlore", "sweep", "gradual_unfreezing", "freezeout", "step_ranges",
 ]  # fmt: skip
 #: A list of texts; a single one may stand alone.
 Texts = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
@@ -30,19 +31,33 @@ SCORES_FORM = '{"scores": {"layers.0": 0.12, ...}}'
 
 _BY_FRACTION = ("bottom", "top", "random", "middle", "ranked", "bitfit", "norms", "attention", "lora", "dora")
 _BY_NUMBER = (*_BY_FRACTION, "interval")
+_ROTATING = ("lisa", "badam", "hift", "owlore")
+_RETURNING = (*_ROTATING, "sweep", "step_ranges")  # what stops training may come back, or may be told to
+_SCHEDULED = (*_RETURNING, "gradual_unfreezing", "freezeout")
 #: The strategies that read a key of `freeze:`; the others refuse it. Keys that are not here are read by all.
 FREEZE_KEYS: dict[str, tuple[str, ...]] = {
     "fraction": (*_BY_NUMBER, "full", "head"),  # these two say aloud that they do not use it: it is a natural override
     "count": (*_BY_NUMBER, "full", "head"),
     "round": _BY_FRACTION,
     "offset": ("interval",),
-    "granularity": _BY_NUMBER,
-    "seed": ("random",),
-    "scores": ("ranked",),
+    "granularity": (*_BY_NUMBER, *_ROTATING, "sweep"),
+    "seed": ("random", *_ROTATING),
+    "scores": ("ranked", "owlore"),
     "trainable": ("patterns",),
     "frozen": ("patterns",),
     "unfrozen_parameters": ("patterns",),
     "freeze_trainable_layers": ("patterns",),
+    "active_layers": (*_ROTATING, "sweep", "gradual_unfreezing"),
+    "switch_every": (*_ROTATING, "gradual_unfreezing"),
+    "order": ("badam", "hift", "sweep"),
+    "state": _RETURNING,
+    "drop_master": _RETURNING,
+    "rewarmup_steps": _SCHEDULED,
+    "discriminative_factor": ("gradual_unfreezing",),
+    "t0": ("freezeout",),
+    "power": ("freezeout",),
+    "scale_rates": ("freezeout",),
+    "step_ranges": ("step_ranges",),
 }
 #: The tasks that read a key of `data:`, likewise.
 DATA_KEYS: dict[str, tuple[str, ...]] = {
@@ -167,7 +182,7 @@ class FreezeOptions(Section):
     """Which tensors train."""
 
     strategy: Strategy = "bottom"
-    """How the frozen layers are chosen; README has the table."""
+    """How the frozen layers are chosen; README has the table, docs/methods/ those that move."""
     fraction: Annotated[float, Field(ge=0, le=1)] | None = None
     """Share of the units (layers, by default) to freeze; with `count` unset, 0.5."""
     count: Annotated[int, Field(ge=0)] | None = None
@@ -188,9 +203,10 @@ class FreezeOptions(Section):
     head: Literal["auto", "freeze", "train"] = "auto"
     """The head; auto trains it, unless it is tied to a frozen embedding."""
     seed: Seed = 42
-    """random: seed of the draw."""
+    """random, lisa, owlore, badam, hift: seed of the draws."""
     scores: Path | None = None
-    """ranked: a JSON file of scores, {"scores": {"layers.0": 0.12, ...}}; the lowest-scored units are frozen."""
+    """A JSON file of scores, {"scores": {"layers.0": 0.12, ...}}. ranked: the lowest-scored units are frozen; owlore:
+    the weights of the draw."""
     trainable: Texts | None = None
     """patterns: globs on whole path components (`layers.1.*` never means layers.10); what they match trains, the rest
     is frozen."""
@@ -203,13 +219,43 @@ class FreezeOptions(Section):
     adapter: AdapterOptions | None = None
     """Adapters on the trainable layers instead of their own weights."""
 
+    # -- moving: what trains changes on the way (docs/methods/)
+    active_layers: Annotated[int, Field(ge=1)] | None = None
+    """Units that train at once, or that one stage thaws; None takes the method's own (lisa 2, owlore 5, the others 1).
+    Also read as lisa_activated_layers, lisa_n_layers."""
+    switch_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between switches; None takes the method's own (lisa 20, badam and owlore 50, hift 1; gradual_unfreezing
+    shares the run out). Also read as lisa_step_interval, lisa_interval_steps, badam_switch_interval."""
+    order: Literal["auto", "ascending", "descending", "random"] = "auto"
+    """In which order units take their turn, ascending from the input; auto is random for badam, afresh each sweep, and
+    ascending for hift and sweep. Also read as badam_switch_mode."""
+    state: Literal["auto", "keep", "clear", "offload"] = "auto"
+    """Adam's state of what stops training: keep it on the device, clear it, or park it on the host; auto takes the
+    method's own (lisa, owlore and step_ranges keep, badam and sweep clear, hift offload)."""
+    drop_master: bool = False
+    """With state clear: drop the fp32 master too, so that training resumes from the rounded bf16 weight."""
+    rewarmup_steps: Annotated[int, Field(ge=0)] = 0
+    """After a switch, steps in which the learning rate rises to the schedule's again."""
+    discriminative_factor: Annotated[float, Field(ge=1)] = 1.0
+    """gradual_unfreezing: each group trains at the rate of the one above divided by this (ULMFiT's four groups: 2.6)."""
+    t0: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """freezeout: share of the run after which layers.0 stops, before it is raised to `power`."""
+    power: Annotated[int, Field(ge=1, le=3)] = 3
+    """freezeout: 1 is the linear schedule, 3 the cubic one."""
+    scale_rates: bool = True
+    """freezeout: a layer that stops early trains at a rate that is higher by as much."""
+    step_ranges: dict[str, Any] | None = None
+    """step_ranges: when each pattern's tensors are frozen: N for the first N steps, [first, last] with both ends, last
+    -1 to the end, -1 alone throughout, or a list of such pairs. What no pattern names trains."""
+
     @model_validator(mode="before")
     @classmethod
     def _patterns_imply_their_strategy(cls, values: Any) -> Any:
-        keys = ("trainable", "frozen", "unfrozen_parameters", "freeze_trainable_layers")
-        if isinstance(values, dict) and "strategy" not in values and any(values.get(key) is not None for key in keys):
-            return {**values, "strategy": "patterns"}
-        return values
+        if not isinstance(values, dict) or "strategy" in values:
+            return values
+        keys = ("trainable", "frozen", "unfrozen_parameters", "freeze_trainable_layers", "step_ranges")
+        given = [key for key in keys if values.get(key) is not None]
+        return {**values, "strategy": "step_ranges" if given == ["step_ranges"] else "patterns"} if given else values
 
     @model_validator(mode="after")
     def _agree(self) -> FreezeOptions:
@@ -218,12 +264,28 @@ class FreezeOptions(Section):
             raise ValueError("fraction and count exclude each other; keep one")
         if self.count is not None and self.round != "floor":
             raise ValueError("round is about a fraction of the units, and count is a whole number; keep one")
-        if self.strategy == "ranked" and self.scores is None:
-            raise ValueError(f"strategy 'ranked' needs freeze.scores, a JSON file such as {SCORES_FORM}")
+        if self.strategy in FREEZE_KEYS["scores"] and self.scores is None:
+            raise ValueError(f"strategy '{self.strategy}' needs freeze.scores, a JSON file such as {SCORES_FORM}")
         named = self.trainable or self.frozen or self.unfrozen_parameters or self.freeze_trainable_layers is not None
         if self.strategy == "patterns" and not named:
             raise ValueError("strategy 'patterns' needs freeze.trainable or freeze.frozen, a list of patterns")
+        self._agree_on_moving()
         return self
+
+    def _agree_on_moving(self) -> None:
+        if self.strategy in (*_ROTATING, "sweep") and self.granularity in ("category", "bias"):
+            raise ValueError(
+                f"strategy '{self.strategy}' moves over layers or single matrices, not over granularity "
+                f"'{self.granularity}'; write layer or matrix"
+            )
+        if self.strategy == "sweep" and self.order == "random":
+            raise ValueError("strategy 'sweep' slides its window, so its order is ascending or descending, not random")
+        if self.drop_master and self.state in ("keep", "offload"):
+            raise ValueError(f"drop_master drops what state '{self.state}' is told to hold; write state: clear")
+        if self.strategy == "step_ranges" and not self.step_ranges:
+            raise ValueError(
+                "strategy 'step_ranges' needs freeze.step_ranges, such as {embed: 100, layers.0: [50, -1]}"
+            )
 
 
 class TrainOptions(Section):
