@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from forks import run_ranks
@@ -50,10 +48,8 @@ def train(engine, first, last):
 
 def local(rule, bf16=False):
     state, drop = rule
-    engine = LocalEngine(
-        tiny_llama(), ANATOMY, recipe_of("local", bf16=bf16, **TRAIN), state=state, drop_master=drop
-    )  # fmt: skip
-    return engine
+    recipe = recipe_of("local", bf16=bf16, **TRAIN)
+    return LocalEngine(tiny_llama(), ANATOMY, recipe, state=state, drop_master=drop)
 
 
 def zero(layout, rule, bf16=False):
