@@ -20,6 +20,7 @@ Task = Literal["classification", "tokens", "causal_lm", "sft", "seq2seq"]
 Strategy = Literal[
     "full", "head", "bottom", "top", "interval", "random", "middle", "ranked", "patterns",
     "bitfit", "norms", "attention", "lora", "dora",
+    "adt_h", "adt_l", "autofreeze", "tang_like", "egeria_like", "smartfrz", "adagradselect", "grass", "blockllm",
 ]  # fmt: skip
 #: A list of texts; a single one may stand alone.
 Texts = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
@@ -30,19 +31,51 @@ SCORES_FORM = '{"scores": {"layers.0": 0.12, ...}}'
 
 _BY_FRACTION = ("bottom", "top", "random", "middle", "ranked", "bitfit", "norms", "attention", "lora", "dora")
 _BY_NUMBER = (*_BY_FRACTION, "interval")
+_ADT = ("adt_h", "adt_l")
+_EVERY = ("autofreeze", "tang_like", "egeria_like", "smartfrz", "adagradselect", "grass", "blockllm")
+_ADAPTIVE = (*_ADT, *_EVERY)
 #: The strategies that read a key of `freeze:`; the others refuse it. Keys that are not here are read by all.
 FREEZE_KEYS: dict[str, tuple[str, ...]] = {
-    "fraction": (*_BY_NUMBER, "full", "head"),  # these two say aloud that they do not use it: it is a natural override
-    "count": (*_BY_NUMBER, "full", "head"),
-    "round": _BY_FRACTION,
+    "fraction": (
+        *_BY_NUMBER,
+        *_ADT,
+        "full",
+        "head",
+    ),  # these two say aloud that they do not use it: it is a natural override
+    "count": (*_BY_NUMBER, *_ADT, "full", "head"),
+    "round": (*_BY_FRACTION, *_ADT),
     "offset": ("interval",),
     "granularity": _BY_NUMBER,
-    "seed": ("random",),
+    "seed": ("random", "adagradselect", "grass", "blockllm"),
     "scores": ("ranked",),
     "trainable": ("patterns",),
     "frozen": ("patterns",),
     "unfrozen_parameters": ("patterns",),
     "freeze_trainable_layers": ("patterns",),
+    # strategies that move
+    "active_layers": ("adagradselect", "grass"),
+    "switch_every": _EVERY,
+    "state": _ADAPTIVE,
+    "drop_master": _ADAPTIVE,
+    "rewarmup_steps": _ADAPTIVE,
+    # adaptive strategies
+    "track_steps": _ADT,
+    "measure": _ADT,
+    "stability_check": _ADT,
+    "percentile": ("autofreeze",),
+    "threshold": ("tang_like",),
+    "window": ("egeria_like", "smartfrz"),
+    "slope": ("egeria_like",),
+    "hits": ("egeria_like",),
+    "thaw_factor": ("egeria_like",),
+    "variance": ("smartfrz",),
+    "min_cka": ("smartfrz",),
+    "epsilon": ("adagradselect",),
+    "epsilon_decay": ("adagradselect",),
+    "temperature": ("grass",),
+    "ema": ("grass",),
+    "sparsity": ("blockllm",),
+    "patience": ("blockllm",),
 }
 #: The tasks that read a key of `data:`, likewise.
 DATA_KEYS: dict[str, tuple[str, ...]] = {
@@ -188,7 +221,7 @@ class FreezeOptions(Section):
     head: Literal["auto", "freeze", "train"] = "auto"
     """The head; auto trains it, unless it is tied to a frozen embedding."""
     seed: Seed = 42
-    """random: seed of the draw."""
+    """random, adagradselect, grass, blockllm: seed of the draws."""
     scores: Path | None = None
     """ranked: a JSON file of scores, {"scores": {"layers.0": 0.12, ...}}; the lowest-scored units are frozen."""
     trainable: Texts | None = None
@@ -202,6 +235,60 @@ class FreezeOptions(Section):
     """LLaMA-Factory's spelling: n > 0 trains the last n layers, n < 0 the first -n; embedding, norm and head frozen."""
     adapter: AdapterOptions | None = None
     """Adapters on the trainable layers instead of their own weights."""
+
+    # -- strategies that move ----------------------------------------------------------------------------------
+
+    active_layers: Annotated[int, Field(ge=1)] | None = None
+    """Layers that train at once; None takes the method's own number (adagradselect, grass: 2)."""
+    switch_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between two switches or decisions; None takes the method's own (autofreeze: a tenth of the run; blockllm: 100;
+    egeria_like, smartfrz: 5; others: 20)."""
+    state: Literal["auto", "keep", "clear", "offload"] = "auto"
+    """What a tensor that stops training does with its optimizer state: keep it on the device, park it on the CPU
+    (offload), or drop it (clear); auto takes the method's own rule."""
+    drop_master: bool = False
+    """With state clear, drop the fp32 masters too, instead of parking them on the CPU."""
+    rewarmup_steps: Annotated[int, Field(ge=0)] = 0
+    """After a switch the learning rate rises linearly for so many steps."""
+
+    # -- adaptive strategies -----------------------------------------------------------------------------------
+
+    track_steps: Annotated[int, Field(ge=1)] = 5
+    """adt_h, adt_l: steps in which all layers train and are watched before some freeze."""
+    measure: Literal["abs_l2", "rel_l2", "rms", "grad_l2"] = "abs_l2"
+    """adt_h, adt_l: weight change in L2 norm, relative to the start weights, or per element; or the gradients' L2 norm, which
+    needs no copy of the start weights."""
+    stability_check: bool = False
+    """adt_h, adt_l: rank the layers halfway through the tracking too, and say so when the two rankings disagree."""
+    percentile: Annotated[float, Field(ge=0, le=100)] = 50.0
+    """autofreeze: layers in front of the first one whose gradient changed by this percentile or more freeze."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """tang_like: the front layer freezes when its gradient falls below this share of its largest so far."""
+    window: Annotated[int, Field(ge=2)] = 20
+    """egeria_like, smartfrz: decisions over which a trend or a variance is taken."""
+    slope: Annotated[float, Field(gt=0)] = 1e-4
+    """egeria_like: a trend of plasticity below this, per decision, is flat."""
+    hits: Annotated[int, Field(ge=1)] = 2
+    """egeria_like: flat trends in a row that freeze the front layer."""
+    thaw_factor: Annotated[float, Field(gt=1)] | None = 10.0
+    """egeria_like: everything thaws when the learning rate is this many times below what it was at the first freeze;
+    None never thaws."""
+    variance: Annotated[float, Field(gt=0)] = 1e-4
+    """smartfrz: the similarity to the start model varies less than this in a layer that may freeze."""
+    min_cka: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """smartfrz: and is above this."""
+    epsilon: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """adagradselect: probability, at the first decision, of taking the layers with the largest gradients."""
+    epsilon_decay: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """adagradselect: epsilon is multiplied by this at every decision."""
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    """grass: softmax temperature; None takes the mean of what it divides, so that only ratios count."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """grass: weight of a layer's former gradient size when it is measured again."""
+    sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """blockllm: share of the layers' elements that are frozen."""
+    patience: Annotated[int, Field(ge=1)] = 100
+    """blockllm: losses whose mean must not exceed that of all since the last switch."""
 
     @model_validator(mode="before")
     @classmethod

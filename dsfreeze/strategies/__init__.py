@@ -12,6 +12,7 @@ from dsfreeze.errors import UserError, did_you_mean
 from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import FreezeOptions
 from dsfreeze.strategies import static
+from dsfreeze.strategies.adaptive import ADAPTIVE as ADAPTIVE
 
 #: (anatomy without adapters, options, optimizer steps of the run or None) -> plan
 Strategy = Callable[[Anatomy, FreezeOptions, int | None], FreezePlan]
@@ -31,6 +32,7 @@ STRATEGIES: dict[str, Strategy] = {
     "attention": static.attention,
     "lora": static.lora,
     "dora": static.dora,
+    **{name: rule.initial for name, rule in ADAPTIVE.items()},
 }
 
 
