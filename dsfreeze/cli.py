@@ -171,7 +171,7 @@ def _deepspeed_config(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     from dsfreeze.engine.process import engine_config
     from dsfreeze.strategies import make_plan
 
-    freeze_plan = make_plan(anatomy, recipe.freeze)
+    freeze_plan = make_plan(anatomy, recipe.freeze, _num_steps(recipe))
     return engine_config(recipe, freeze_plan, freeze_plan.adapted(anatomy), world_size), list(notes)
 
 
@@ -189,7 +189,7 @@ def plan(
 
     recipe = read_words(words)
     anatomy, notes = _anatomy(recipe)
-    freeze_plan = make_plan(anatomy, recipe.freeze)
+    freeze_plan = make_plan(anatomy, recipe.freeze, _num_steps(recipe))
     freeze_plan = replace(freeze_plan, notes=(*freeze_plan.notes, *notes))
     config = None if is_local(recipe) else deepspeed_config(recipe, world_size)
     cost = estimate(
@@ -215,6 +215,11 @@ def _anatomy(recipe: Recipe) -> tuple[Any, tuple[str, ...]]:
     from dsfreeze.model import anatomy_of
 
     return anatomy_of(recipe.model, recipe.task, num_labels), notes
+
+
+def _num_steps(recipe: Recipe) -> int | None:
+    """The run's length as far as it is known without reading the data."""
+    return recipe.train.max_steps if recipe.train.max_steps > 0 else None
 
 
 def _num_labels(recipe: Recipe) -> tuple[int, tuple[str, ...]]:

@@ -29,6 +29,9 @@ STATES = {
 }
 ABSENT = " "
 PER_ROW = 60
+#: Phases that are drawn one by one; of more, the first ones are, and steps are counted by layer.
+DRAWN_WHOLE, DRAWN_FIRST = 6, 3
+COUNTS_PER_ROW = 8
 
 
 @dataclass(frozen=True)
@@ -48,21 +51,31 @@ def draw(anatomy: Anatomy, plan: FreezePlan, cost: Estimate | None = None) -> Gr
     cost = cost or estimate(anatomy, plan)
     parts: list[Any] = [Text(_title(anatomy, plan), style="bold")]
     shown: set[str] = set()
-    for phase in plan.phases:
+    many = len(plan.phases) > DRAWN_WHOLE
+    for phase in plan.phases[:DRAWN_FIRST] if many else plan.phases:
         if len(plan.phases) > 1:
             parts.append(Text(f"steps {phase.first_step} to {'the end' if phase.end is None else phase.end - 1}"))
         rows = list(_rows(anatomy, phase))
         shown |= {state for row in rows for state in row.states if state}
         parts.append(Padding(Picture(tuple(rows)), (1, 0, 1, 2)))
+    if many:
+        parts += [Text(line) for line in _summary(anatomy, plan)]
     parts.append(Padding(Legend(tuple(state for state in STATES if state in shown)), (0, 0, 1, 2)))
+    if len(plan.phases) > 1:
+        parts.append(Text("the figures are those of the phase that trains most:"))
     parts += [Text(line) for line in _figures(cost)]
     parts += [Text(f"note: {note}", style="italic") for note in plan.notes]
     return Group(*parts)
 
 
 def plan_as_dict(anatomy: Anatomy, plan: FreezePlan, cost: Estimate) -> dict[str, Any]:
-    """The same for programs: plain values, layers with their state and counts, the cost, the phases, the digest."""
+    """The same for programs: plain values, the cost, the phases, the digest; every distinct set of tensors once, as
+    layers with their state and counts (`sets`), to which phases refer by number."""
     anatomy = as_trained(anatomy, plan)
+    firsts: dict[tuple[str, ...], Phase] = {}
+    for phase in plan.phases:
+        firsts.setdefault(phase.trainable, phase)
+    number = {chosen: index for index, chosen in enumerate(firsts)}
     return {
         "model": anatomy.name,
         "model_type": anatomy.model_type,
@@ -77,7 +90,12 @@ def plan_as_dict(anatomy: Anatomy, plan: FreezePlan, cost: Estimate) -> dict[str
                             "full_forward": cost.full_forward_flops, "full_backward": cost.full_backward_flops,
                             "ratio": cost.flops_ratio},
         "adapter": asdict(plan.adapter) if plan.adapter else None,
-        "phases": [_phase_as_dict(anatomy, phase) for phase in plan.phases],
+        "steps_trained": steps_trained(anatomy, plan),
+        "sets": [_layers_as_dicts(anatomy, phase) for phase in firsts.values()],
+        "phases": [
+            {"first_step": p.first_step, "num_steps": p.num_steps, "lr_step": p.lr_step, "set": number[p.trainable]}
+            for p in plan.phases
+        ],
         "notes": [*plan.notes, *anatomy.notes],
     }  # fmt: skip
 
@@ -138,6 +156,37 @@ def _wrapped(label: str, states: Iterable[str | None]) -> Iterator[Row]:
         yield Row(label if start == 0 else f"  from {start}", states[start : start + PER_ROW])
 
 
+def steps_trained(anatomy: Anatomy, plan: FreezePlan) -> dict[str, int | None]:
+    """For each layer, the steps in which any of its tensors trains; None when it trains to an end that is not known."""
+    trains = {chosen: {anatomy.layer_of[name].name for name in chosen} for chosen in {p.trainable for p in plan.phases}}
+    counts: dict[str, int | None] = {layer.name: 0 for layer in anatomy.layers if layer.tensors}
+    for phase in plan.phases:
+        for name in trains[phase.trainable]:
+            so_far = counts[name]
+            assert so_far is not None, "only the last phase is open"
+            counts[name] = None if phase.num_steps is None else so_far + phase.num_steps
+    return counts
+
+
+def _summary(anatomy: Anatomy, plan: FreezePlan) -> Iterator[str]:
+    """Of a plan with many phases: how many follow, and how long each layer trains."""
+    end = plan.phases[-1].end
+    yield f"and {len(plan.phases) - DRAWN_FIRST} more phases. Steps that each layer trains{f', of {end}' if end else ''}:"
+    yield ""
+    counts = {name: "to the end" if n is None else str(n) for name, n in steps_trained(anatomy, plan).items()}
+    blocks = [counts[layer.name] for layer in anatomy.blocks]
+    width = max(map(len, blocks), default=0) + 2
+    per_row = min(COUNTS_PER_ROW, PER_ROW // width)
+    for end_name in ("embed", "norm", "head"):
+        if end_name == "norm":
+            for start in range(0, len(blocks), per_row):
+                row = "".join(count.rjust(width) for count in blocks[start : start + per_row])
+                yield f"  {'layers' if start == 0 else f'  from {start}':<11}{row}"
+        if end_name in counts:
+            yield f"  {end_name:<11}{counts[end_name].rjust(width)}"
+    yield ""
+
+
 @dataclass(frozen=True)
 class Picture:
     """Rows of glyphs, in ASCII where the terminal has nothing else."""
@@ -195,10 +244,10 @@ def _si(number: float) -> str:
     return f"{number:.0f} FLOP"
 
 
-def _phase_as_dict(anatomy: Anatomy, phase: Phase) -> dict[str, Any]:
+def _layers_as_dicts(anatomy: Anatomy, phase: Phase) -> list[dict[str, Any]]:
     trainable = frozenset(phase.trainable)
     states = layer_states(anatomy, phase)
-    layers = [
+    return [
         {
             "name": layer.name,
             "state": states[layer.name],
@@ -208,4 +257,3 @@ def _phase_as_dict(anatomy: Anatomy, phase: Phase) -> dict[str, Any]:
         for layer in anatomy.layers
         if layer.tensors
     ]
-    return {"first_step": phase.first_step, "num_steps": phase.num_steps, "layers": layers}

@@ -20,6 +20,7 @@ Task = Literal["classification", "tokens", "causal_lm", "sft", "seq2seq"]
 Strategy = Literal[
     "full", "head", "bottom", "top", "interval", "random", "middle", "ranked", "patterns",
     "bitfit", "norms", "attention", "lora", "dora",
+    "lisa", "badam", "hift", "owlore", "sweep", "gradual_unfreezing", "freezeout", "step_ranges",
     "adt_h", "adt_l", "autofreeze", "tang_like", "egeria_like", "smartfrz", "adagradselect", "grass", "blockllm",
 ]  # fmt: skip
 #: A list of texts; a single one may stand alone.
@@ -31,34 +32,37 @@ SCORES_FORM = '{"scores": {"layers.0": 0.12, ...}}'
 
 _BY_FRACTION = ("bottom", "top", "random", "middle", "ranked", "bitfit", "norms", "attention", "lora", "dora")
 _BY_NUMBER = (*_BY_FRACTION, "interval")
+_ROTATING = ("lisa", "badam", "hift", "owlore")
+_RETURNING = (*_ROTATING, "sweep", "step_ranges")  # what stops training may come back, or may be told to
+_SCHEDULED = (*_RETURNING, "gradual_unfreezing", "freezeout")
 _ADT = ("adt_h", "adt_l")
-_EVERY = ("autofreeze", "tang_like", "egeria_like", "smartfrz", "adagradselect", "grass", "blockllm")
-_ADAPTIVE = (*_ADT, *_EVERY)
+_DECIDING = ("autofreeze", "tang_like", "egeria_like", "smartfrz", "adagradselect", "grass", "blockllm")
+_ADAPTIVE = (*_ADT, *_DECIDING)
 #: The strategies that read a key of `freeze:`; the others refuse it. Keys that are not here are read by all.
 FREEZE_KEYS: dict[str, tuple[str, ...]] = {
-    "fraction": (
-        *_BY_NUMBER,
-        *_ADT,
-        "full",
-        "head",
-    ),  # these two say aloud that they do not use it: it is a natural override
+    # full and head say aloud that they do not use a number: it is a natural override
+    "fraction": (*_BY_NUMBER, *_ADT, "full", "head"),
     "count": (*_BY_NUMBER, *_ADT, "full", "head"),
     "round": (*_BY_FRACTION, *_ADT),
     "offset": ("interval",),
-    "granularity": _BY_NUMBER,
-    "seed": ("random", "adagradselect", "grass", "blockllm"),
-    "scores": ("ranked",),
+    "granularity": (*_BY_NUMBER, *_ROTATING, "sweep"),
+    "seed": ("random", *_ROTATING, "adagradselect", "grass", "blockllm"),
+    "scores": ("ranked", "owlore"),
     "trainable": ("patterns",),
     "frozen": ("patterns",),
     "unfrozen_parameters": ("patterns",),
     "freeze_trainable_layers": ("patterns",),
-    # strategies that move
-    "active_layers": ("adagradselect", "grass"),
-    "switch_every": _EVERY,
-    "state": _ADAPTIVE,
-    "drop_master": _ADAPTIVE,
-    "rewarmup_steps": _ADAPTIVE,
-    # adaptive strategies
+    "active_layers": (*_ROTATING, "sweep", "gradual_unfreezing", "adagradselect", "grass"),
+    "switch_every": (*_ROTATING, "gradual_unfreezing", *_DECIDING),
+    "order": ("badam", "hift", "sweep"),
+    "state": (*_RETURNING, *_ADAPTIVE),
+    "drop_master": (*_RETURNING, *_ADAPTIVE),
+    "rewarmup_steps": (*_SCHEDULED, *_ADAPTIVE),
+    "discriminative_factor": ("gradual_unfreezing",),
+    "t0": ("freezeout",),
+    "power": ("freezeout",),
+    "scale_rates": ("freezeout",),
+    "step_ranges": ("step_ranges",),
     "track_steps": _ADT,
     "measure": _ADT,
     "stability_check": _ADT,
@@ -221,9 +225,10 @@ class FreezeOptions(Section):
     head: Literal["auto", "freeze", "train"] = "auto"
     """The head; auto trains it, unless it is tied to a frozen embedding."""
     seed: Seed = 42
-    """random, adagradselect, grass, blockllm: seed of the draws."""
+    """random, lisa, owlore, badam, hift, adagradselect, grass, blockllm: seed of the draws."""
     scores: Path | None = None
-    """ranked: a JSON file of scores, {"scores": {"layers.0": 0.12, ...}}; the lowest-scored units are frozen."""
+    """A JSON file of scores, {"scores": {"layers.0": 0.12, ...}}. ranked: the lowest-scored units are frozen; owlore:
+    the weights of the draw."""
     trainable: Texts | None = None
     """patterns: globs on whole path components (`layers.1.*` never means layers.10); what they match trains, the rest
     is frozen."""
@@ -236,23 +241,36 @@ class FreezeOptions(Section):
     adapter: AdapterOptions | None = None
     """Adapters on the trainable layers instead of their own weights."""
 
-    # -- strategies that move ----------------------------------------------------------------------------------
-
+    # -- moving: what trains changes on the way (docs/methods/)
     active_layers: Annotated[int, Field(ge=1)] | None = None
-    """Layers that train at once; None takes the method's own number (adagradselect, grass: 2)."""
+    """Units that train at once, or that one stage thaws; None takes the method's own (lisa, adagradselect and grass 2,
+    owlore 5, the others 1). Also read as lisa_activated_layers, lisa_n_layers."""
     switch_every: Annotated[int, Field(ge=1)] | None = None
-    """Steps between two switches or decisions; None takes the method's own (autofreeze: a tenth of the run; blockllm: 100;
-    egeria_like, smartfrz: 5; others: 20)."""
+    """Steps between switches or decisions; None takes the method's own (lisa, tang_like, adagradselect and grass 20,
+    badam and owlore 50, hift 1, egeria_like and smartfrz 5, blockllm 100, autofreeze a tenth of the run;
+    gradual_unfreezing shares the run out). Also read as lisa_step_interval, lisa_interval_steps, badam_switch_interval."""
+    order: Literal["auto", "ascending", "descending", "random"] = "auto"
+    """In which order units take their turn, ascending from the input; auto is random for badam, afresh each sweep, and
+    ascending for hift and sweep. Also read as badam_switch_mode."""
     state: Literal["auto", "keep", "clear", "offload"] = "auto"
-    """What a tensor that stops training does with its optimizer state: keep it on the device, park it on the CPU
-    (offload), or drop it (clear); auto takes the method's own rule."""
+    """Adam's state of what stops training: keep it on the device, clear it, or park it on the host; auto takes the
+    method's own (lisa, owlore, step_ranges and adagradselect keep, hift and grass offload, the others clear)."""
     drop_master: bool = False
-    """With state clear, drop the fp32 masters too, instead of parking them on the CPU."""
+    """With state clear: drop the fp32 master too, so that training resumes from the rounded bf16 weight."""
     rewarmup_steps: Annotated[int, Field(ge=0)] = 0
-    """After a switch the learning rate rises linearly for so many steps."""
-
-    # -- adaptive strategies -----------------------------------------------------------------------------------
-
+    """After a switch, steps in which the learning rate rises to the schedule's again."""
+    discriminative_factor: Annotated[float, Field(ge=1)] = 1.0
+    """gradual_unfreezing: each group trains at the rate of the one above divided by this (ULMFiT's four groups: 2.6)."""
+    t0: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """freezeout: share of the run after which layers.0 stops, before it is raised to `power`."""
+    power: Annotated[int, Field(ge=1, le=3)] = 3
+    """freezeout: 1 is the linear schedule, 3 the cubic one."""
+    scale_rates: bool = True
+    """freezeout: a layer that stops early trains at a rate that is higher by as much."""
+    step_ranges: dict[str, Any] | None = None
+    """step_ranges: when each pattern's tensors are frozen: N for the first N steps, [first, last] with both ends, last
+    -1 to the end, -1 alone throughout, or a list of such pairs. What no pattern names trains."""
+    # -- adaptive: what trains next is decided from what the run measured
     track_steps: Annotated[int, Field(ge=1)] = 5
     """adt_h, adt_l: steps in which all layers train and are watched before some freeze."""
     measure: Literal["abs_l2", "rel_l2", "rms", "grad_l2"] = "abs_l2"
@@ -293,10 +311,11 @@ class FreezeOptions(Section):
     @model_validator(mode="before")
     @classmethod
     def _patterns_imply_their_strategy(cls, values: Any) -> Any:
-        keys = ("trainable", "frozen", "unfrozen_parameters", "freeze_trainable_layers")
-        if isinstance(values, dict) and "strategy" not in values and any(values.get(key) is not None for key in keys):
-            return {**values, "strategy": "patterns"}
-        return values
+        if not isinstance(values, dict) or "strategy" in values:
+            return values
+        keys = ("trainable", "frozen", "unfrozen_parameters", "freeze_trainable_layers", "step_ranges")
+        given = [key for key in keys if values.get(key) is not None]
+        return {**values, "strategy": "step_ranges" if given == ["step_ranges"] else "patterns"} if given else values
 
     @model_validator(mode="after")
     def _agree(self) -> FreezeOptions:
@@ -305,12 +324,28 @@ class FreezeOptions(Section):
             raise ValueError("fraction and count exclude each other; keep one")
         if self.count is not None and self.round != "floor":
             raise ValueError("round is about a fraction of the units, and count is a whole number; keep one")
-        if self.strategy == "ranked" and self.scores is None:
-            raise ValueError(f"strategy 'ranked' needs freeze.scores, a JSON file such as {SCORES_FORM}")
+        if self.strategy in FREEZE_KEYS["scores"] and self.scores is None:
+            raise ValueError(f"strategy '{self.strategy}' needs freeze.scores, a JSON file such as {SCORES_FORM}")
         named = self.trainable or self.frozen or self.unfrozen_parameters or self.freeze_trainable_layers is not None
         if self.strategy == "patterns" and not named:
             raise ValueError("strategy 'patterns' needs freeze.trainable or freeze.frozen, a list of patterns")
+        self._agree_on_moving()
         return self
+
+    def _agree_on_moving(self) -> None:
+        if self.strategy in (*_ROTATING, "sweep") and self.granularity in ("category", "bias"):
+            raise ValueError(
+                f"strategy '{self.strategy}' moves over layers or single matrices, not over granularity "
+                f"'{self.granularity}'; write layer or matrix"
+            )
+        if self.strategy == "sweep" and self.order == "random":
+            raise ValueError("strategy 'sweep' slides its window, so its order is ascending or descending, not random")
+        if self.drop_master and self.state in ("keep", "offload"):
+            raise ValueError(f"drop_master drops what state '{self.state}' is told to hold; write state: clear")
+        if self.strategy == "step_ranges" and not self.step_ranges:
+            raise ValueError(
+                "strategy 'step_ranges' needs freeze.step_ranges, such as {embed: 100, layers.0: [50, -1]}"
+            )
 
 
 class TrainOptions(Section):

@@ -25,6 +25,15 @@ PATHS: tuple[Key, ...] = (
     ("model", "name"), ("data", "train"), ("data", "eval"), ("freeze", "scores"), ("zero",),
     ("train", "resume_from_checkpoint"), ("train", "output_dir"),
 )  # fmt: skip
+#: Other trainers' spellings of keys, and the strategy that each implies.
+PEERS: dict[Key, tuple[Key, str]] = {
+    ("freeze", "lisa_activated_layers"): (("freeze", "active_layers"), "lisa"),  # LMFlow, ms-swift
+    ("freeze", "lisa_n_layers"): (("freeze", "active_layers"), "lisa"),  # axolotl
+    ("freeze", "lisa_step_interval"): (("freeze", "switch_every"), "lisa"),  # ms-swift, axolotl
+    ("freeze", "lisa_interval_steps"): (("freeze", "switch_every"), "lisa"),  # LMFlow
+    ("freeze", "badam_switch_interval"): (("freeze", "switch_every"), "badam"),  # LLaMA-Factory
+    ("freeze", "badam_switch_mode"): (("freeze", "order"), "badam"),
+}
 
 
 @dataclass
@@ -94,7 +103,23 @@ def _read(path: Path) -> Draft:
     draft = Draft(str(path), path.parent, document.values, where)
     for key, line, text in document.mistakes:
         draft.blame(key, text, f"{path}:{line}")
+    _rename_peers(draft)
     return draft
+
+
+def _rename_peers(draft: Draft) -> None:
+    """Other trainers' spellings in a file as our own; a mistake when both are there."""
+    for peer, (own, strategy) in PEERS.items():
+        section = draft.values.get(str(peer[0]))
+        if not isinstance(section, dict) or peer[1] not in section:
+            continue
+        value, place = section.pop(str(peer[1])), draft.where.pop(peer, draft.origin)
+        if own[1] in section:
+            draft.blame(peer, f"is another spelling of {_dotted(own)}, which is given too; keep one", place)
+            continue
+        section[str(own[1])] = value
+        section.setdefault("strategy", strategy)
+        draft.where[own] = place
 
 
 # -- overrides -----------------------------------------------------------------------------------------------------
@@ -107,6 +132,7 @@ def _override(draft: Draft, word: str) -> None:
         told = f"'{word}' is no override; write key=value, such as freeze.fraction=0.5"
         draft.mistakes[("", word)] = (COMMAND_LINE, told)
         return
+    key, strategy = PEERS.get(key, (key, None))
     section = _section_for(draft, key[:-1])
     for old in [old for old in (*draft.where, *draft.mistakes) if old[: len(key)] == key]:
         draft.where.pop(old, None)
@@ -117,6 +143,8 @@ def _override(draft: Draft, word: str) -> None:
         return
     try:
         section[str(key[-1])] = parse_value(text)
+        if strategy is not None:
+            section.setdefault("strategy", strategy)
     except UserError as error:
         draft.blame(key, str(error).removeprefix("value:1: "))
 

@@ -594,7 +594,7 @@ def test_autofreeze_must_know_the_length():
 
 @pytest.mark.parametrize("strategy", ["grass", "adagradselect"])
 def test_more_layers_than_there_are(strategy):
-    with pytest.raises(UserError, match="active_layers is 5, but tiny-llama has 4"):
+    with pytest.raises(UserError, match="active_layers is 5, but there are only 4 units"):
         run(strategy, active_layers=5)
     assert run(strategy, active_layers=4).active == {0, 1, 2, 3}
     assert run(strategy, anatomies.llama(depth=1)).active == {0}
@@ -645,9 +645,10 @@ def test_measurements_that_are_no_numbers(strategy):
 
 
 def test_masters_are_dropped_where_state_is():
-    for strategy, wrong in (("grass", {}), ("autofreeze", {"state": "keep", "switch_every": 5})):
-        with pytest.raises(UserError, match=r"drop_master goes with freeze\.state 'clear'"):
-            run(strategy, drop_master=True, **wrong)
+    with pytest.raises(UserError, match=r"drop_master goes with freeze\.state 'clear'"):
+        run("grass", drop_master=True)
+    with pytest.raises(ValueError, match="drop_master"):
+        run("autofreeze", drop_master=True, state="keep", switch_every=5)
     assert run("blockllm", drop_master=True).plan.drop_master
 
 

@@ -16,6 +16,7 @@ from dsfreeze.estimate import estimate
 from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import FREEZE_KEYS, FreezeOptions
 from dsfreeze.strategies import STRATEGIES, make_plan
+from dsfreeze.strategies.ends import is_task_head
 
 SMALL = anatomies.everything()
 GRANULARITIES = ("layer", "matrix", "category", "bias")
@@ -28,6 +29,10 @@ EXCUSES = (
     "no tensor of the",
     "could sit on",
 )
+#: Long enough for every method to move, and no multiple of a period.
+STEPS = 133
+#: Strategies of which a longer run begins as a shorter one does.
+PREFIX = ("lisa", "badam", "hift", "owlore", "step_ranges")
 #: Strategies that a model may leave nothing to do: one without biases, or with a tied head.
 MAY_BE_IMPOSSIBLE = ("bitfit", "head")
 
@@ -50,7 +55,10 @@ def hash_of(name: str) -> float:
 
 
 def options_of(strategy: str, scores_file: str | None = None) -> Iterator[FreezeOptions]:
-    more = {"scores": scores_file} if strategy == "ranked" else {}
+    more: dict = {"scores": scores_file} if strategy in FREEZE_KEYS["scores"] else {}
+    more |= (
+        {"step_ranges": {"layers.[01]": 30, "layers.2": [10, 50], "layers.3": -1}} if strategy == "step_ranges" else {}
+    )
     if strategy == "patterns":
         yield FreezeOptions(trainable=["layers.[12]"])
         yield FreezeOptions(frozen=["embed", "layers.0"])
@@ -61,13 +69,18 @@ def options_of(strategy: str, scores_file: str | None = None) -> Iterator[Freeze
     for granularity in GRANULARITIES if strategy in FREEZE_KEYS["granularity"] else ():
         if granularity == "bias" and strategy in ("norms", "attention"):
             continue  # two kinds at once: a model may have no tensor that is both
+        if granularity in ("category", "bias") and strategy in FREEZE_KEYS["active_layers"]:
+            continue  # refused
+        if strategy not in FREEZE_KEYS["fraction"] and strategy != "interval":
+            yield FreezeOptions(strategy=strategy, granularity=granularity, **more)
+            continue
         for fraction in (0.25, 0.5, 0.75):
             yield FreezeOptions(strategy=strategy, granularity=granularity, fraction=fraction, **more)
 
 
 def plan_or_excuse(anatomy: Anatomy, options: FreezeOptions) -> FreezePlan | None:
     try:
-        return make_plan(anatomy, options)
+        return make_plan(anatomy, options, STEPS)
     except UserError as error:
         if any(excuse in str(error) for excuse in EXCUSES):
             return None
@@ -88,19 +101,34 @@ def test_promises(strategy, name, scores):
 
 def check(anatomy: Anatomy, options: FreezeOptions, plan: FreezePlan) -> None:
     adapted = plan.adapted(anatomy)
-    assert plan.phases[0].first_step == 0
-    assert [phase.num_steps for phase in plan.phases] == [None]
-    names = plan.phases[0].trainable
-    assert names
-    assert names == adapted.in_order(names), "in model order, each once, each of this model"
-    assert plan.digest == make_plan(anatomy, options, 100).digest == FreezePlan.from_json(plan.to_json()).digest
-    frozen_first = not any(t.name in names for t in adapted.blocks[0].tensors)
-    embedding_trains = any(t.name in names for t in adapted.layer("embed").tensors)
-    if options.strategy not in ("patterns", "head"):
-        assert not (frozen_first and embedding_trains), "the embedding is frozen with layers.0"
+    moving = options.strategy in FREEZE_KEYS["rewarmup_steps"]
+    steps = 0
+    for phase in plan.phases:
+        assert phase.first_step == steps, "phases tile the run"
+        assert phase.trainable
+        assert phase.trainable == adapted.in_order(phase.trainable), "in model order, each once, each of this model"
+        steps = STEPS if phase.end is None else phase.end
+        check_ends(adapted, options, phase.trainable)
+    assert steps == STEPS
+    assert moving or [phase.num_steps for phase in plan.phases] == [None]
+    again = make_plan(anatomy, options, STEPS if moving else 100)
+    assert plan.digest == again.digest == FreezePlan.from_json(plan.to_json()).digest
+    if options.strategy in PREFIX:
+        longer = make_plan(anatomy, options, STEPS + 50)
+        assert longer.until(STEPS).digest == plan.until(STEPS).digest
     cost = estimate(anatomy, plan)
     assert 0 < cost.trainable <= cost.total
     assert cost.optimizer_state == 8 * cost.trainable
+
+
+def check_ends(adapted: Anatomy, options: FreezeOptions, names: tuple[str, ...]) -> None:
+    frozen_first = not any(t.name in names for t in adapted.blocks[0].tensors)
+    embedding_trains = any(t.name in names for t in adapted.layer("embed").tensors)
+    if options.strategy not in ("patterns", "head", "lisa", "owlore", "hift", "step_ranges"):
+        assert not (frozen_first and embedding_trains), "the embedding is frozen with layers.0"
+    if is_task_head(adapted):
+        head = {t.name for t in adapted.layer("head").tensors}
+        assert options.granularity == "bias" or options.strategy in ("bitfit", "norms") or head <= set(names)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -129,7 +157,9 @@ def test_digests_do_not_depend_on_the_process():
         "import anatomies; from dsfreeze.recipe import FreezeOptions as O;"
         "from dsfreeze.strategies import make_plan as p;"
         "print([p(anatomies.bert(), O(strategy=s, granularity='category')).digest"
-        " for s in ('random', 'bottom', 'bitfit', 'lora')])"
+        " for s in ('random', 'bottom', 'bitfit', 'lora')]);"
+        "print([p(anatomies.bert(), O(strategy=s), 99).digest"
+        " for s in ('lisa', 'badam', 'hift', 'sweep', 'gradual_unfreezing', 'freezeout')])"
     )
     outputs = set()
     for seed in ("1", "2"):
@@ -155,7 +185,7 @@ def test_no_torch():
 def test_shipped_anatomies_take_every_strategy(name):
     """Oracle: the same promises, on the real shapes."""
     anatomy = load_shipped(name)
-    for strategy in sorted(set(STRATEGIES) - {"ranked", "patterns"}):
+    for strategy in sorted(set(STRATEGIES) - {"ranked", "patterns", "owlore", "step_ranges"}):
         options = FreezeOptions(strategy=strategy)
         plan = plan_or_excuse(anatomy, options)
         assert plan is not None or strategy in MAY_BE_IMPOSSIBLE

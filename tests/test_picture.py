@@ -11,14 +11,14 @@ from rich.console import Console
 
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.estimate import estimate
-from dsfreeze.picture import draw, layer_states, plan_as_dict
+from dsfreeze.picture import draw, layer_states, plan_as_dict, steps_trained
 from dsfreeze.plan import FreezePlan, Phase
 from dsfreeze.recipe import FreezeOptions
 from dsfreeze.strategies import STRATEGIES, make_plan
 
 
 def plan_of(anatomy: Anatomy, **options) -> FreezePlan:
-    return make_plan(anatomy, FreezeOptions(**options))
+    return make_plan(anatomy, FreezeOptions(**options), 100)
 
 
 def shown(anatomy: Anatomy, plan: FreezePlan, encoding: str = "utf-8") -> str:
@@ -78,7 +78,7 @@ def test_figures_are_there():
     assert "note: 2 of 4 layers frozen" in text
 
 
-@pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - {"ranked", "patterns"}))
+@pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - {"ranked", "patterns", "owlore", "step_ranges"}))
 def test_every_picture_fits_80_columns(strategy):
     for anatomy in (anatomies.bert(), anatomies.llama(depth=80, labels=2, qkv_bias=True)):
         lines = shown(anatomy, plan_of(anatomy, strategy=strategy)).splitlines()
@@ -102,6 +102,44 @@ def test_a_moving_plan_shows_each_phase():
     assert "layers     ·█" in text
 
 
+def test_many_phases_are_counted():
+    """Oracle: counted by hand: 4 layers of 25 turns of 4 steps, descending, so layers.3 has one turn more."""
+    anatomy = anatomies.llama(depth=4, labels=2)
+    plan = plan_of(anatomy, strategy="badam", order="descending", switch_every=4, active_layers=1)
+    text = shown(anatomy, plan)
+    assert text.count("steps ") - text.count("more phases. Steps") >= 3
+    assert "steps 8 to 11" in text
+    assert "steps 12 to 15" not in text
+    assert "and 22 more phases. Steps that each layer trains, of 100:" in text
+    assert "layers       24  24  24  28" in text
+    assert "head        100" in text
+
+
+def test_an_end_that_is_not_known_is_said():
+    """Oracle: by hand; the last of many phases is open, and what trains in it has no number."""
+    anatomy = anatomies.llama(depth=4)
+    ranges = {f"layers.{i}": [10 * i, 10 * i + 4] for i in range(4)} | {"norm": -1}
+    plan = make_plan(anatomy, FreezeOptions(step_ranges=ranges))
+    assert steps_trained(anatomy, plan) == {
+        **dict.fromkeys(["embed", *(f"layers.{i}" for i in range(4)), "head"]),
+        "norm": 0,
+    }
+    text = shown(anatomy, plan)
+    assert "to the end" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_ten_thousand_phases_are_written_once_a_set():
+    """Oracle: HiFT's sets are its units, however long the run; the JSON stays small."""
+    anatomy = anatomies.llama(depth=4)
+    plan = make_plan(anatomy, FreezeOptions(strategy="hift"), 10_000)
+    value = plan_as_dict(anatomy, plan, estimate(anatomy, plan))
+    assert len(value["sets"]) == 6
+    assert len(value["phases"]) == 10_000
+    assert len(json.dumps(value)) < 1_000_000
+    assert sum(value["steps_trained"].values()) == 10_000 + value["steps_trained"]["norm"]
+
+
 @pytest.mark.parametrize("strategy", ["bottom", "lora", "norms"])
 def test_dict_is_json_and_adds_up(strategy):
     """Oracle: the parts sum to the whole, and JSON takes every value."""
@@ -109,7 +147,7 @@ def test_dict_is_json_and_adds_up(strategy):
         plan = plan_of(anatomy, strategy=strategy)
         cost = estimate(anatomy, plan)
         value = json.loads(json.dumps(plan_as_dict(anatomy, plan, cost)))
-        layers = value["phases"][0]["layers"]
+        layers = value["sets"][value["phases"][0]["set"]]
         assert sum(layer["trainable"] for layer in layers) == value["trainable"] == cost.trainable
         assert sum(layer["total"] for layer in layers) == value["total"]
         assert value["digest"] == plan.digest

@@ -365,9 +365,13 @@ def test_a_number_that_means_nothing_is_said():
 #: A value for each key of FREEZE_KEYS that changes the plan of a strategy that reads it.
 TOLD = {
     "fraction": {"fraction": 0.75}, "count": {"count": 1}, "round": {"fraction": 0.1, "round": "ceil"}, "offset": {"offset": 0},
-    "granularity": {"granularity": "matrix", "fraction": 0.4}, "seed": {"seed": 5}, "scores": {"scores": "scores.json"},
+    "granularity": {"granularity": "matrix", "fraction": 0.4}, "seed": {"seed": 5, "order": "random"}, "scores": {"scores": "scores.json"},
     "trainable": {"trainable": ["layers.1"]}, "frozen": {"frozen": ["layers.2.attention"]}, "unfrozen_parameters": {"unfrozen_parameters": ["bert"]},
     "freeze_trainable_layers": {"freeze_trainable_layers": 2},
+    "active_layers": {"active_layers": 3}, "switch_every": {"switch_every": 5}, "order": {"order": "descending"},
+    "state": {"state": "offload"}, "drop_master": {"drop_master": True, "state": "clear"}, "rewarmup_steps": {"rewarmup_steps": 3},
+    "discriminative_factor": {"discriminative_factor": 2.6}, "t0": {"t0": 0.5}, "power": {"power": 1},
+    "scale_rates": {"scale_rates": False}, "step_ranges": {"step_ranges": {"layers.0": 7}},
 }  # fmt: skip
 #: Read in order to say that they are not used (see test_a_number_that_means_nothing_is_said).
 SAID_UNUSED = {(strategy, key) for strategy in ("full", "head") for key in ("fraction", "count")}
@@ -380,15 +384,19 @@ def test_the_table_of_keys_is_what_strategies_do(strategy, tmp_path, monkeypatch
     anatomy = anatomies.bert(depth=4)
     for name, lowest in (("own", "layers.3"), ("scores", "layers.0")):
         scores = {layer.name: float(layer.name != lowest) for layer in anatomy.blocks}
-        (tmp_path / f"{name}.json").write_text(json.dumps({"scores": scores | dict.fromkeys(anatomy.by_name, 0.0)}))
-    required: dict = {"ranked": {"scores": Path("own.json")}, "patterns": {"trainable": ["layers.2"]}}.get(strategy, {})
+        (tmp_path / f"{name}.json").write_text(json.dumps({"scores": scores | dict.fromkeys(anatomy.by_name, 1.0)}))
+    required: dict = {
+        "ranked": {"scores": Path("own.json")}, "patterns": {"trainable": ["layers.2"]},
+        "owlore": {"scores": Path("own.json"), "active_layers": 2}, "hift": {"state": "keep"},
+        "step_ranges": {"step_ranges": {"layers.1": 5}},
+    }.get(strategy, {})  # fmt: skip
     plain = FreezeOptions(strategy=strategy, **required)
     assert set(TOLD) == set(FREEZE_KEYS)
     for key, values in TOLD.items():
         beside = {name: value for name, value in values.items() if name != key}
         before = plain.model_copy(update=beside)
         after = before.model_copy(update={key: Path(values[key]) if key == "scores" else values[key]})
-        changed = make_plan(anatomy, before).digest != make_plan(anatomy, after).digest
+        changed = make_plan(anatomy, before, 120).digest != make_plan(anatomy, after, 120).digest
         assert changed == (strategy in FREEZE_KEYS[key] and (strategy, key) not in SAID_UNUSED), key
 
 

@@ -11,7 +11,7 @@ from dsfreeze.anatomy import Anatomy
 from dsfreeze.errors import UserError, did_you_mean
 from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import FreezeOptions
-from dsfreeze.strategies import static
+from dsfreeze.strategies import progressive, rotating, static
 from dsfreeze.strategies.adaptive import ADAPTIVE as ADAPTIVE
 
 #: (anatomy without adapters, options, optimizer steps of the run or None) -> plan
@@ -32,6 +32,14 @@ STRATEGIES: dict[str, Strategy] = {
     "attention": static.attention,
     "lora": static.lora,
     "dora": static.dora,
+    "lisa": rotating.lisa,
+    "badam": rotating.badam,
+    "hift": rotating.hift,
+    "owlore": rotating.owlore,
+    "sweep": progressive.sweep,
+    "gradual_unfreezing": progressive.gradual_unfreezing,
+    "freezeout": progressive.freezeout,
+    "step_ranges": progressive.step_ranges,
     **{name: rule.initial for name, rule in ADAPTIVE.items()},
 }
 

@@ -5,6 +5,8 @@ Names and shapes are peft's, as `Anatomy.with_adapters` gives them; nothing here
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from dsfreeze.anatomy import ATTENTION, FUSED, MLP, Anatomy, Tensor
 from dsfreeze.errors import UserError, did_you_mean
 from dsfreeze.plan import Adapter
@@ -27,9 +29,11 @@ def make_adapter(anatomy: Anatomy, options: AdapterOptions, trainable: frozenset
     return Adapter(options.kind, options.r, float(options.alpha), options.dropout, targets)
 
 
-def adapter_names(adapted: Anatomy) -> frozenset[str]:
-    """The tensors that the adapters brought."""
-    return frozenset(t.name for t in adapted.tensors if t.category == "adapter")
+def adapter_names(adapted: Anatomy, targets: Iterable[str]) -> frozenset[str]:
+    """The tensors that the adapters of these matrices brought."""
+    modules = {name.rpartition(".")[0] for name in targets}
+    adapters = (t for t in adapted.tensors if t.category == "adapter")
+    return frozenset(t.name for t in adapters if t.name.partition(".lora_")[0] in modules)
 
 
 def left_out(anatomy: Anatomy, options: AdapterOptions) -> tuple[str, ...]:

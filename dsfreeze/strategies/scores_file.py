@@ -1,4 +1,4 @@
-"""The scores file that `ranked` reads: `{"scores": {"layers.0": 0.12, ...}}`, one number per layer or tensor."""
+"""The scores file that `ranked` and `owlore` read: `{"scores": {"layers.0": 0.12, ...}}`, one number per layer or tensor."""
 
 from __future__ import annotations
 
@@ -33,6 +33,30 @@ def read_scores(path: Path) -> dict[str, float]:
 
 def lowest(scores: dict[str, float], units: Sequence[Unit], number: int, path: Path) -> list[int]:
     """Indices of the `number` lowest-scored units, equals from the bottom; UserError when one has no score."""
+    values = scores_of(scores, units, path)
+    return sorted(range(len(units)), key=lambda index: (values[index], index))[:number]
+
+
+def weights_of(scores: dict[str, float], units: Sequence[Unit], number: int, path: Path) -> list[float]:
+    """Scores as weights of a draw of `number` units; UserError when one is negative, or too few can be drawn."""
+    values = scores_of(scores, units, path)
+    for unit, value in zip(units, values, strict=True):
+        if value < 0:
+            raise UserError(
+                f"freeze.scores: '{path}' gives {unit.name} the score {value}, but a score here is the weight of a "
+                "draw. Write 0 for what shall never train, and a positive number for the rest."
+            )
+    positive = sum(value > 0 for value in values)
+    if positive < number:
+        raise UserError(
+            f"freeze.scores: '{path}' gives only {positive} of {len(units)} units a score above 0, and {number} train "
+            f"at once. Score more of them, or lower freeze.active_layers."
+        )
+    return values
+
+
+def scores_of(scores: dict[str, float], units: Sequence[Unit], path: Path) -> list[float]:
+    """The score of each unit; UserError when one has none."""
     missing = [unit.name for unit in units if unit.name not in scores]
     if missing:
         raise UserError(
@@ -41,4 +65,4 @@ def lowest(scores: dict[str, float], units: Sequence[Unit], number: int, path: P
             + f".{did_you_mean(missing[0], scores, how_many_listed=0)} Scores must be those of this model, by layer "
             "for freeze.granularity layer, by tensor for matrix or category."
         )
-    return sorted(range(len(units)), key=lambda index: (scores[units[index].name], index))[:number]
+    return [scores[unit.name] for unit in units]

@@ -55,6 +55,11 @@ def choose(
     return Choice(everything - frozen, () if asked_for_none else (_counted(options, fraction, number, total),))
 
 
+def units(anatomy: Anatomy, granularity: str, kept: frozenset[str] | None = None) -> tuple[Unit, ...]:
+    """The units of a granularity that has one list of them (layer, matrix), in model order; none is without tensors."""
+    return tuple(unit for _, pool in _pools(anatomy, granularity, kept) for unit in pool if unit.tensors)
+
+
 def number_frozen(options: FreezeOptions, size: int, where: str, fraction: float) -> int:
     """How many of `size` units freeze; UserError when the count exceeds them.
 

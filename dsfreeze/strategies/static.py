@@ -13,10 +13,10 @@ from random import Random
 
 from dsfreeze.anatomy import ATTENTION, Anatomy
 from dsfreeze.errors import UserError
-from dsfreeze.plan import FreezePlan, Phase
+from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import AdapterOptions, FreezeOptions
-from dsfreeze.strategies.adapters import adapter_names, left_out, make_adapter
-from dsfreeze.strategies.ends import apply_options, auto_ends, describe_ends, tied_head, tied_names
+from dsfreeze.strategies.building import Stage, build_plan
+from dsfreeze.strategies.ends import auto_ends, tied_head, tied_names
 from dsfreeze.strategies.patterns import matched_by_options
 from dsfreeze.strategies.scores_file import lowest, read_scores
 from dsfreeze.strategies.selection import Rule, Unit, choose, share
@@ -191,17 +191,8 @@ def _adapted(anatomy: Anatomy, options: FreezeOptions, kind: str) -> FreezePlan:
 
 
 def _plan(anatomy: Anatomy, options: FreezeOptions, auto: frozenset[str], notes: tuple[str, ...]) -> FreezePlan:
-    """The plan of what `auto` and the options train, with adapters in place of matrices where asked."""
-    trainable = apply_options(anatomy, options, auto)
-    adapter = None
-    if options.adapter is not None:
-        adapter = make_adapter(anatomy, options.adapter, trainable)
-        notes += left_out(anatomy, options.adapter)
-        outside = frozenset(t.name for layer in anatomy.layers if not layer.is_block for t in layer.tensors)
-        anatomy = anatomy.with_adapters(adapter.targets, adapter.r, adapter.kind == "dora")
-        trainable = trainable & outside | adapter_names(anatomy)
-    notes += describe_ends(anatomy, trainable)
-    return FreezePlan(options.strategy, (Phase(0, None, anatomy.in_order(trainable)),), adapter, notes)
+    """The plan that trains `auto`, as the options alter it, to the end of the run."""
+    return build_plan(anatomy, options, [Stage(0, None, auto)], notes)
 
 
 def _without_number(options: FreezeOptions) -> tuple[FreezeOptions, tuple[str, ...]]:

@@ -23,14 +23,16 @@ from dsfreeze.strategies.adaptive.common import (
     start,
 )  # fmt: skip
 from dsfreeze.strategies.evidence import Evidence, Revision
+from dsfreeze.strategies.moving import number_active
 
 EVERY = 20
+ACTIVE = 2
 
 
 def initial(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
     """Nothing is known of any layer: the first ones are drawn."""
     ground = Ground.of(anatomy, options)
-    chosen = generator(options, 0).sample(list(ground.layers), ground.active_layers())
+    chosen = generator(options, 0).sample(list(ground.layers), number_active(options, list(ground.layers), ACTIVE))
     every = options.switch_every or EVERY
     return start(ground, ground.train_layers(chosen), num_steps, state="keep", decide_at=every)
 
@@ -47,7 +49,7 @@ def revise(
     counts = {**memory.get("counts", {})}
     counts |= {name: counts.get(name, 0) + 1 for name in active}
     decision = memory.get("decision", 0) + 1
-    random, number = generator(options, decision), ground.active_layers()
+    random, number = generator(options, decision), number_active(options, list(ground.layers), ACTIVE)
     explores = random.random() < options.epsilon * options.epsilon_decay ** (decision - 1)
     if explores:
         scores = norms

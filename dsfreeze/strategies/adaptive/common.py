@@ -48,7 +48,7 @@ class Ground:
             every = frozenset(t.name for layer in anatomy.blocks for t in layer.tensors)
             adapter = make_adapter(anatomy, options.adapter, every)
             anatomy = anatomy.with_adapters(adapter.targets, adapter.r, adapter.kind == "dora")
-            own = adapter_names(anatomy)
+            own = adapter_names(anatomy, adapter.targets)
         layers = {
             layer.name: tuple(t for t in layer.tensors if own is None or t.name in own) for layer in anatomy.blocks
         }
@@ -76,17 +76,6 @@ class Ground:
         """The layers of which something trains in the last phase."""
         trained = set(plan.phases[-1].trainable)
         return [name for name, tensors in self.layers.items() if any(t.name in trained for t in tensors)]
-
-    def active_layers(self, default: int = 2) -> int:
-        """How many layers train at once; UserError when the model has fewer."""
-        if self.options.active_layers is None:
-            return min(default, len(self.layers))
-        if self.options.active_layers > len(self.layers):
-            raise UserError(
-                f"freeze.active_layers is {self.options.active_layers}, but {self.anatomy.name} has "
-                f"{len(self.layers)} layers to choose among. Write a number from 1 to {len(self.layers)}."
-            )
-        return self.options.active_layers
 
 
 # -- plans ---------------------------------------------------------------------------------------------------------

@@ -23,14 +23,16 @@ from dsfreeze.strategies.adaptive.common import (
     start,
 )  # fmt: skip
 from dsfreeze.strategies.evidence import Evidence, Revision
+from dsfreeze.strategies.moving import number_active
 
 EVERY = 20
+ACTIVE = 2
 
 
 def initial(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
     """The first layers of the sweep that visits each once."""
     ground = Ground.of(anatomy, options)
-    chosen = _sweep(ground)[: ground.active_layers()]
+    chosen = _sweep(ground)[: number_active(options, list(ground.layers), ACTIVE)]
     every = options.switch_every or EVERY
     return start(ground, ground.train_layers(chosen), num_steps, state="offload", decide_at=every)
 
@@ -46,7 +48,7 @@ def revise(
         size = rms_over_steps(gradient) / math.sqrt(ground.numel(name))
         sizes[name] = options.ema * sizes[name] + (1 - options.ema) * size if name in sizes else size
     decision = memory.get("decision", 0) + 1
-    number = ground.active_layers()
+    number = number_active(options, list(ground.layers), ACTIVE)
     chosen = [name for name in _sweep(ground) if name not in sizes][:number]
     logs = scaled(sizes, options.temperature)
     chosen += draw(logs, number - len(chosen), generator(options, decision))
