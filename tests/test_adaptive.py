@@ -8,11 +8,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import anatomies
 import pytest
+import yaml
 
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.errors import UserError
@@ -544,6 +546,20 @@ def test_what_must_be_measured():
         args = (LLAMA, options, None, subject.plan)
         revise = ADAPTIVE[strategy].revise
         assert revise(*args, alone, {}) == revise(*args, whole, {})
+
+
+@pytest.mark.parametrize("strategy", ADAPTIVE)
+def test_the_snippet_of_its_card(strategy):
+    """Oracle: the recipe takes it; where the card says that these are the defaults, they are."""
+    card = (Path(__file__).parents[1] / "docs" / "methods" / f"{strategy}.md").read_text(encoding="utf-8")
+    snippet = card.split("```yaml\n")[1].split("```")[0]
+    subjects = [Run(LLAMA, FreezeOptions(**yaml.safe_load(snippet)["freeze"]), 500), run(strategy, num_steps=500)]
+    assert subjects[0].options.strategy == strategy
+    for _ in range(6):
+        assert "the defaults" not in snippet or subjects[0].plan == subjects[1].plan
+        for subject in subjects:
+            if subject.plan.decide_at is not None:
+                subject.decide(random_evidence(subject))
 
 
 #: Two values of each key that make a difference on the random measurements.
