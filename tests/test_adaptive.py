@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -52,12 +52,11 @@ class Run:
     anatomy: Anatomy
     options: FreezeOptions
     num_steps: int | None = None
-    memory: Mapping[str, Any] = ()
+    memory: Mapping[str, Any] = field(default_factory=dict)
     revision: Revision | None = None
 
     def __post_init__(self) -> None:
         self.plan = make_plan(self.anatomy, self.options, self.num_steps)
-        self.memory = {}
 
     def decide(self, evidence: Evidence) -> set[int]:
         """Let it decide; the numbers of the layers that are frozen from here on."""
