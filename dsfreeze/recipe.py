@@ -204,7 +204,7 @@ class FreezeOptions(Section):
     """Which tensors train."""
 
     strategy: Strategy = "bottom"
-    """How the frozen layers are chosen; README has the table."""
+    """How the frozen layers are chosen; README has the table, docs/methods/ those that move."""
     fraction: Annotated[float, Field(ge=0, le=1)] | None = None
     """Share of the units (layers, by default) to freeze; with `count` unset, 0.5."""
     count: Annotated[int, Field(ge=0)] | None = None
