@@ -12,6 +12,7 @@ from dsfreeze.errors import UserError, did_you_mean
 from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import FreezeOptions
 from dsfreeze.strategies import progressive, rotating, static
+from dsfreeze.strategies.adaptive import ADAPTIVE as ADAPTIVE
 
 #: (anatomy without adapters, options, optimizer steps of the run or None) -> plan
 Strategy = Callable[[Anatomy, FreezeOptions, int | None], FreezePlan]
@@ -39,6 +40,7 @@ STRATEGIES: dict[str, Strategy] = {
     "gradual_unfreezing": progressive.gradual_unfreezing,
     "freezeout": progressive.freezeout,
     "step_ranges": progressive.step_ranges,
+    **{name: rule.initial for name, rule in ADAPTIVE.items()},
 }
 
 
