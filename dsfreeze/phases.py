@@ -16,7 +16,7 @@ from dsfreeze.engine.process import together
 from dsfreeze.job import Job
 from dsfreeze.journal import Journal
 from dsfreeze.plan import FreezePlan, Phase
-from dsfreeze.strategies import ADAPTIVE
+from dsfreeze.strategies.adaptive import ADAPTIVE, needs
 from dsfreeze.strategies.evidence import Revision
 from dsfreeze.tracking import Tracker
 
@@ -30,8 +30,8 @@ class Phases:
 
     def __init__(self, job: Job, journal: Journal, console: Console, num_steps: int) -> None:
         self.job, self.journal, self.console, self.num_steps = job, journal, console, num_steps
-        rule = ADAPTIVE.get(job.plan.strategy)
-        self.tracker = Tracker(job, rule.needs) if rule else None
+        adaptive = job.plan.strategy in ADAPTIVE
+        self.tracker = Tracker(job, needs(job.recipe.freeze)) if adaptive else None
         self.memory: Mapping[str, Any] = {}
         self.phase: Phase | None = None
         self.seconds_switching = 0.0
