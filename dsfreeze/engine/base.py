@@ -163,6 +163,9 @@ class BaseEngine(ABC):
         # a copy in host memory, of this rank's shares alone
         self._start = {name: value.to("cpu", copy=True) for name, value in shares}
 
+    def host_bytes(self) -> int:
+        return sum(t.nbytes for t in self._start.values())
+
     def gradients(self) -> dict[str, tuple[float, float]]:
         return self._gradients
 
