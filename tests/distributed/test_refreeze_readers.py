@@ -71,7 +71,7 @@ def same(one, other):
 @pytest.mark.parametrize("method", ["in_place", "anew"])
 @pytest.mark.parametrize(
     ("zero", "sections"),
-    [("zero1", {"round_robin_gradients": True}), ("zero2", {}), ("zero2_offload", {}), ("zero3", {})],
+    [("zero1", {}), ("zero2", {}), ("zero2_offload", {}), ("zero3", {})],
 )
 def test_masters_and_moments_are_read_as_they_were(zero, sections, method):
     """peers.md row 36; upstream loses nearly all of what five small steps changed. None for what is frozen; upstream
