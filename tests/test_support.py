@@ -14,7 +14,7 @@ from dsfreeze.errors import UserError
 
 @pytest.mark.parametrize(
     ("version", "served"),
-    [("0.19.5", False), ("0.19.6", True), ("0.19.7", True), ("0.19.8", True), ("0.19.8+abc", True), ("0.19.9", False),
+    [("0.19.6", False), ("0.19.7", True), ("0.19.8", True), ("0.19.8+abc", True), ("0.19.9", False),
      ("0.20.0", False)],
 )  # fmt: skip
 def test_versions(monkeypatch, version, served):
