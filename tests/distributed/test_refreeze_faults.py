@@ -177,7 +177,6 @@ BF16 = {"bf16": {"enabled": True}}
 REAL = [
     ({**BF16, **zero(1), "data_types": {"grad_accum_dtype": "fp32"}}, "stage 1 in bf16 with grad_accum_dtype fp32"),
     ({**zero(1), "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast"),
-    ({**BF16, **zero(3, zero_quantized_nontrainable_weights=True)}, "quantized frozen weights"),
 ]
 
 
@@ -213,6 +212,7 @@ def stubs():
             (engine, "mpu", object(), "tensor or sequence parallelism"),
             (section, "zero_quantized_weights", True, r"ZeRO\+\+ quantized weights"),
             (section, "zero_quantized_gradients", True, r"ZeRO\+\+ quantized gradients"),
+            (section, "zero_quantized_nontrainable_weights", True, "quantized frozen weights"),
             (section, "zero_hpz_partition_size", 2, r"ZeRO\+\+ hpZ"),
             (section, "offload_optimizer", nvme, "NVMe offload"),
             (section, "offload_param", nvme, "NVMe offload"),
