@@ -186,7 +186,7 @@ def real_engines():
             with pytest.raises(UserError, match=f"^{name} is not supported by refreeze: "):
                 refreeze(build(config), ["gate"])
         refused(build(zero(1), torch.optim.Adagrad), "^the optimizer Adagrad is not supported", ["gate"])
-        for stage in (1, 3):
+        for stage in (1, 2):  # at 3 DeepSpeed itself asks for its FusedAdam
             engine = build(BF16 | zero(stage))
             engine.offload_states()
             refused(engine, "^states put away by engine.offload_states is not supported", ["gate"])
