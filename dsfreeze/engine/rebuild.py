@@ -256,10 +256,12 @@ def _quiet() -> Iterator[None]:
 
 def read_masters(engine: Any) -> dict[str, torch.Tensor]:
     """Full fp32 masters, on the CPU by name, through DeepSpeed's public reader (collective). {} where it has none to
-    read: in fp32, where the weight is its own master, and at stage 0."""
+    read: in fp32, where the weight is its own master, and at stage 0; and where gradients go round robin, which its reader
+    does not heed: it takes other elements for a tensor's."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    if engine.zero_optimization_stage() == 0 or not is_rounded(engine):
+    round_robin = engine.zero_optimization_stage() < 3 and engine.zero_round_robin_gradients()
+    if engine.zero_optimization_stage() == 0 or not is_rounded(engine) or round_robin:
         return {}
     names = {flat_name for flat_name, p in engine.module.named_parameters() if p.requires_grad}
     return {n: safe_get_full_fp32_param(p).cpu() for n, p in engine.module.named_parameters() if n in names}

@@ -16,7 +16,7 @@ from packaging.version import Version
 from dsfreeze.errors import UserError
 
 #: First and last DeepSpeed version that the distributed tests were run with.
-TESTED = ("0.19.6", "0.19.8")
+TESTED = ("0.19.7", "0.19.8")
 
 #: Private names of the wrapper, by stage, that tell where masters and gradients lie: nothing goes without them.
 READ_NAMES: dict[int, tuple[str, ...]] = {
