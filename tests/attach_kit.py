@@ -57,7 +57,7 @@ def make_trainer(folder, model, *, batch=4, accumulation=1, steps=STEPS, callbac
         max_steps=steps, learning_rate=LR, adam_epsilon=ADAM["eps"], train_sampling_strategy="sequential",
         disable_tqdm=True, **options,
     )  # fmt: skip
-    return Trainer(model, arguments, train_dataset=data(), callbacks=list(callbacks))
+    return Trainer(model, arguments, train_dataset=data(), eval_dataset=data(8), callbacks=list(callbacks))
 
 
 def rate_at(step, steps=STEPS, warmup=2):

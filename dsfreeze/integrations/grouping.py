@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dsfreeze.anatomy import Anatomy
+from dsfreeze.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,21 @@ class Grouping:
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, module: nn.Module, names: Iterable[str]) -> Grouping:
-        """As the optimizer has them now. A tensor in no group goes where the first group is (DeepSpeed's own optimizer
-        is given one group of what trains at first)."""
-        wanted = dict(module.named_parameters())
+        """As the optimizer has them now; UserError when it lacks one of the named tensors."""
+        named = dict(module.named_parameters())
         place = {id(p): n for n, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        hyper = ({k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups)
-        return cls(tuple(hyper), {n: place.get(id(wanted[n]), 0) for n in names}, dict(optimizer.defaults))
+        missing = [name for name in sorted(names) if id(named[name]) not in place]
+        if missing:
+            raise UserError(
+                f"The Trainer's optimizer does not hold '{missing[0]}', which the plan trains. Leave the optimizer to the "
+                "Trainer, or give it every tensor that the plan ever trains."
+            )
+        return cls(_without_parameters(optimizer), {n: place[id(named[n])] for n in names}, dict(optimizer.defaults))
+
+    @classmethod
+    def single(cls, optimizer: torch.optim.Optimizer, names: Iterable[str]) -> Grouping:
+        """Everything alike: DeepSpeed's own optimizer, from its configuration, is given one group of what trains first."""
+        return cls(_without_parameters(optimizer)[:1], dict.fromkeys(names, 0), dict(optimizer.defaults))
 
     def groups_of(
         self, names: Iterable[str], anatomy: Anatomy, tensors: Mapping[str, torch.Tensor]
@@ -46,3 +56,7 @@ class Grouping:
             name: {k: v for k, v in self.hyper[self.number[name]].items() if k in self.defaults and k != "lr"}
             for name in names
         }
+
+
+def _without_parameters(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], ...]:
+    return tuple({k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups)

@@ -87,9 +87,9 @@ class Attachment:
         self.rates = Rates(self.trainer.lr_scheduler, self._grouping, known, self.plan, self.anatomy)
         self.checkpoints.engine, self.checkpoints.rates = self.engine, self.rates
         self.engine.enter(self._phase)
-        self._follow()
         if found:
             self.checkpoints.load(found)
+        self._follow()
         return prepared
 
     def _create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -122,8 +122,8 @@ class Attachment:
         for refused in unsupported(engine):
             raise UserError(f"{refused}.")
         require_adam(engine.basic_optimizer)
-        if self._grouping is None:  # DeepSpeed's own optimizer, from the configuration: one group
-            self._grouping = Grouping.of(engine.basic_optimizer, engine.module, self.plan.ever_trained)
+        if self._grouping is None:  # DeepSpeed's own optimizer: upstream's was not asked for
+            self._grouping = Grouping.single(engine.basic_optimizer, self.plan.ever_trained)
         self.engine = AdoptedZero(engine, self._grouping, self.anatomy, self.plan, checkpointing=checkpointing)
         return sorted({self._grouping.number[name] for name in self._phase.trainable})
 
