@@ -196,7 +196,7 @@ def plan(
         freeze_plan.adapted(anatomy), freeze_plan,
         stage=stage_of(config) if config else 0, world_size=world_size,
         dtype_bytes=2 if recipe.train.bf16 else 4, offload=bool(config and offload_of(config)),
-        sequence_length=recipe.data.max_length,
+        sequence_length=recipe.data.max_length, num_steps=_num_steps(recipe),
     )  # fmt: skip
     if as_json:
         _print_json(plan_as_dict(anatomy, freeze_plan, cost))

@@ -10,7 +10,10 @@ on two ranks; masters m and the two moments are fp32):
     3      b P / W  b P_t / W      4 P_t / W  8 P_t / W
 
 With the optimizer offloaded (2, 3), masters, moments and (4 + b) P_t / W for gradients lie in host memory. Stage 1
-holds whole gradients during backward and b P_t / W after it. Frozen tensors have weights and nothing else.
+holds whole gradients during backward and b P_t / W after it. A tensor that never trained has its weight and nothing
+else. One that trained in an earlier phase has, by the plan's state rule, an element: moments (8) and, in bf16, its master
+(4) with `keep` on the device and with `offload` in host memory; with `clear` in bf16 its master (4) in host memory, and
+with `drop_master` nothing. Over W ranks where masters are sharded.
 Left out: alignment padding, buckets and gathered layers, activations, the transient fp32 gradient of a step, and what
 the framework itself takes.
 
@@ -40,12 +43,13 @@ of relative positions, which is per sequence and left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 from dsfreeze.anatomy import ATTENTION, Anatomy, Layer, Tensor
 from dsfreeze.errors import UserError
-from dsfreeze.plan import FreezePlan
+from dsfreeze.plan import FreezePlan, Phase
 
 #: Where a tensor's product happens: (index of the layer, order within it).
 Place = tuple[int, float]
@@ -64,8 +68,10 @@ class Estimate:
     gradients: int
     masters: int
     optimizer_state: int
+    parked: int
+    """State of tensors that trained in an earlier phase and do not in this one."""
     on_host: int
-    """Of the bytes above, those in host memory (optimizer offload)."""
+    """Of the bytes above, those in host memory (optimizer offload, parked state)."""
     trainable: int
     total: int
     forward_flops: int
@@ -94,29 +100,88 @@ class Estimate:
 
 def estimate(
     anatomy: Anatomy, plan: FreezePlan, *, stage: int = 2, world_size: int = 1, dtype_bytes: int = 4,
-    offload: bool = False, sequence_length: int = 512,
+    offload: bool = False, sequence_length: int = 512, phase: Phase | None = None, num_steps: int | None = None,
 ) -> Estimate:  # fmt: skip
-    """Price the phase of the plan with the most trainable elements (formulas and what they leave out: above).
+    """Price a plan (formulas and what they leave out: above).
 
+    Bytes and `trainable` are those of `phase`, by default the one that holds most on the device. FLOPs are those of the
+    phase, or the mean over the plan's steps; an open last phase ends at `num_steps`, and counts alone without it.
     `anatomy` may have the plan's adapters in place or not; `dtype_bytes` is that of weights and gradients (2 or 4);
     `sequence_length` is in positions. UserError for a stage, a world size or an offload that does not exist.
     """
     _check(stage, world_size, offload)
     adapted = as_trained(anatomy, plan)
     numel = {t.name: t.numel for t in adapted.tensors}
-    trainable = max((frozenset(phase.trainable) for phase in plan.phases), key=lambda s: sum(numel[n] for n in s))
     own = [t for t in adapted.tensors if t.category != "adapter"]
-    forward, backward = flops(adapted, adapted.tensors, trainable, sequence_length)
     full_forward, full_backward = flops(adapted, own, frozenset(t.name for t in own), sequence_length)
-    count = sum(numel[name] for name in trainable)
+
+    def count(names: Iterable[str]) -> int:
+        return sum(numel[name] for name in names)
+
+    def bytes_of(priced: Phase, idle: int) -> dict[str, int]:
+        trained = count(priced.trainable)
+        held = _bytes(adapted.numel, trained, stage, world_size, dtype_bytes, offload)
+        parked = _parked_bytes(plan, -(-idle // world_size) if stage else idle, dtype_bytes)
+        held["on_host"] += parked if offload or plan.state != "keep" else 0
+        return {**held, "parked": parked, "trainable": trained}
+
+    chosen = _distinct(plan, count) if phase is None else [(phase, _idle(plan, phase, count))]
+    held = max((bytes_of(*pair) for pair in chosen), key=_on_device)
+    forward, backward = _mean_flops(adapted, plan if phase is None else _only(plan, phase), sequence_length, num_steps)
     return Estimate(
-        **_bytes(adapted.numel, count, stage, world_size, dtype_bytes, offload),
-        trainable=count,
+        **held,
         total=adapted.numel,
         forward_flops=forward,
         backward_flops=backward,
         full_forward_flops=full_forward,
         full_backward_flops=full_backward,
+    )
+
+
+def _idle(plan: FreezePlan, phase: Phase, count: Callable[[Iterable[str]], int]) -> int:
+    """Elements that trained before the phase and do not train in it."""
+    before = {name for earlier in plan.phases if earlier.first_step < phase.first_step for name in earlier.trainable}
+    return count(before.difference(phase.trainable))
+
+
+def _distinct(plan: FreezePlan, count: Callable[[Iterable[str]], int]) -> list[tuple[Phase, int]]:
+    """Phases that differ in what they hold, and the elements that each finds trained before and leaves idle."""
+    found: dict[tuple[tuple[str, ...], int], Phase] = {}
+    before: set[str] = set()
+    for phase in plan.phases:
+        idle = count(before.difference(phase.trainable))
+        found.setdefault((phase.trainable, idle), phase)
+        before.update(phase.trainable)
+    return [(phase, idle) for (_, idle), phase in found.items()]
+
+
+def _parked_bytes(plan: FreezePlan, idle: int, dtype_bytes: int) -> int:
+    master = 4 if dtype_bytes < 4 and not plan.drop_master else 0
+    return idle * (master + (0 if plan.state == "clear" else 8))
+
+
+def _on_device(held: dict[str, int]) -> int:
+    return sum(held[key] for key in ("weights", "gradients", "masters", "optimizer_state", "parked")) - held["on_host"]
+
+
+def _only(plan: FreezePlan, phase: Phase) -> FreezePlan:
+    return replace(plan, phases=(Phase(0, None, phase.trainable),), decide_at=None)
+
+
+def _mean_flops(anatomy: Anatomy, plan: FreezePlan, sequence_length: int, num_steps: int | None) -> tuple[int, int]:
+    """(forward, backward) FLOPs of a token, averaged over the plan's steps."""
+    steps: Counter[tuple[str, ...]] = Counter()
+    for phase in plan.phases:
+        end = num_steps if phase.end is None else phase.end
+        if end is None:
+            steps = Counter({phase.trainable: 1})
+        else:
+            steps[phase.trainable] += max(0, end - phase.first_step)
+    total = steps.total() or 1
+    priced = {chosen: flops(anatomy, anatomy.tensors, frozenset(chosen), sequence_length) for chosen in steps}
+    return (
+        round(sum(steps[chosen] * pair[0] for chosen, pair in priced.items()) / total),
+        round(sum(steps[chosen] * pair[1] for chosen, pair in priced.items()) / total),
     )
 
 

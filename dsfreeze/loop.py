@@ -125,7 +125,7 @@ class Run:
 
     def _one_step(self, engine: Engine, step: Step, interrupt: Interrupt, bar: StepBar) -> None:
         began = time.perf_counter()
-        self.phases.enter(engine, self.step)
+        phase = self.phases.enter(engine, self.step)
         # dropout depends on (seed, step, rank) alone, so a resumed run needs no generator state
         torch.manual_seed(hash((self.options.seed, self.step, engine.rank)) % 2**63)
         loss = 0.0
@@ -150,7 +150,7 @@ class Run:
         line = {
             "step": self.step, "epoch": step.epoch, "loss": loss, "learning_rate": learning_rate, "grad_norm": norm,
             "seconds": seconds, "tokens": int(tokens), "tokens_per_second": tokens / seconds,
-            "memory_allocated": memory.allocated, "memory_peak": memory.peak,
+            "memory_allocated": memory.allocated, "memory_peak": memory.peak, "phase": phase.first_step,
         }  # fmt: skip
         self.journal.step(line, track=self.step % self.options.logging_steps == 0 or self.step == self.total)
         bar.advance(self.step, loss, tokens / seconds)
@@ -198,14 +198,19 @@ class Run:
         return engine.gather(summary)[0]
 
     def _summary(self, engine: Engine, memory: Memory) -> dict[str, Any]:
-        job, steady = self.job, self.seconds[2:] or self.seconds
-        cost = estimate(job.anatomy, job.plan, world_size=engine.world_size, sequence_length=job.recipe.data.max_length)
+        job, steady, selection = self.job, self.seconds[2:] or self.seconds, self.phases.selection
+        peak = max(memory.peak, selection["peak"])
+        cost = estimate(
+            job.anatomy, job.plan, world_size=engine.world_size, sequence_length=job.recipe.data.max_length,
+            num_steps=self.total,
+        )  # fmt: skip
         return {
             "steps": self.step, "loss": self.loss, "metrics": self.metrics,
             "strategy": job.plan.strategy, "plan_digest": job.plan.digest,
             "trainable": cost.trainable, "total": cost.total,
             "flops_vs_full": cost.flops_per_token / cost.full_flops_per_token,
-            "seconds_per_step": statistics.median(steady) if steady else None, "memory": asdict(memory),
+            "seconds_per_step": statistics.median(steady) if steady else None, "memory": {**asdict(memory), "peak": peak},
             "never_moved": list(self.phases.still), "switches": self.phases.switches,
-            "seconds_switching": self.phases.seconds_switching, "record": str(job.output_dir), "model": None,
+            "seconds_switching": self.phases.seconds_switching,
+            "selection": {**selection, "peak_after": memory.peak} if selection["decisions"] else None, "record": str(job.output_dir), "model": None,
         }  # fmt: skip

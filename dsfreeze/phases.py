@@ -16,7 +16,7 @@ from dsfreeze.engine.process import together
 from dsfreeze.job import Job
 from dsfreeze.journal import Journal
 from dsfreeze.plan import FreezePlan, Phase
-from dsfreeze.strategies import ADAPTIVE
+from dsfreeze.strategies.adaptive import ADAPTIVE, needs
 from dsfreeze.strategies.evidence import Revision
 from dsfreeze.tracking import Tracker
 
@@ -30,12 +30,14 @@ class Phases:
 
     def __init__(self, job: Job, journal: Journal, console: Console, num_steps: int) -> None:
         self.job, self.journal, self.console, self.num_steps = job, journal, console, num_steps
-        rule = ADAPTIVE.get(job.plan.strategy)
-        self.tracker = Tracker(job, rule.needs) if rule else None
+        adaptive = job.plan.strategy in ADAPTIVE
+        self.tracker = Tracker(job, needs(job.recipe.freeze)) if adaptive else None
         self.memory: Mapping[str, Any] = {}
         self.phase: Phase | None = None
         self.seconds_switching = 0.0
         self.switches = 0
+        #: What deciding took: bytes of the device at the most until the last decision, and of copies in host memory.
+        self.selection: dict[str, Any] = {"decisions": 0, "seconds": 0.0, "peak": 0, "host_bytes": 0}
         self._looked = 0
         #: Tensors that have trained and not moved so far.
         self.still: tuple[str, ...] = ()
@@ -82,6 +84,7 @@ class Phases:
 
     def _decide(self, engine: Engine, step: int) -> None:
         assert self.tracker is not None
+        began = time.perf_counter()
         evidence = self.tracker.evidence(engine, step)
         rule, options = ADAPTIVE[self.job.plan.strategy], self.job.recipe.freeze
 
@@ -96,6 +99,13 @@ class Phases:
         )[0]
         self.job.plan, scores, self.memory = FreezePlan.from_json(told[0]), told[1], told[2]
         self.journal.revision(step, self.job.plan, scores)
+        peak = engine.memory(reset_peak=self.job.plan.decide_at is None).peak
+        self.selection = {
+            "decisions": self.selection["decisions"] + 1,
+            "seconds": self.selection["seconds"] + time.perf_counter() - began,
+            "peak": max(peak, self.selection["peak"]),
+            "host_bytes": max(self.tracker.host_bytes(engine), self.selection["host_bytes"]),
+        }
         self.tracker.reset()
         if self.job.plan.decide_at is None:  # nothing is left to decide: stop measuring
             engine.watch()
@@ -132,12 +142,13 @@ class Phases:
         """What a checkpoint needs to go on; plain values."""
         return {
             "still": list(self.still), "memory": dict(self.memory), "switches": self.switches,
-            "seconds_switching": self.seconds_switching,
+            "seconds_switching": self.seconds_switching, "selection": self.selection,
             "tracker": self.tracker.state_dict() if self.tracker else None,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.still, self.memory = tuple(state["still"]), state["memory"]
         self.switches, self.seconds_switching = state["switches"], state["seconds_switching"]
+        self.selection = state["selection"]
         if self.tracker:
             self.tracker.load_state_dict(state["tracker"])

@@ -100,7 +100,7 @@ def plan_as_dict(anatomy: Anatomy, plan: FreezePlan, cost: Estimate) -> dict[str
     }  # fmt: skip
 
 
-_BYTES = ("weights", "gradients", "masters", "optimizer_state", "on_host")
+_BYTES = ("weights", "gradients", "masters", "optimizer_state", "parked", "on_host")
 
 
 def layer_states(anatomy: Anatomy, phase: Phase) -> dict[str, str]:
@@ -229,6 +229,8 @@ def _figures(cost: Estimate) -> Iterator[str]:
     host = f", {gib(cost.on_host)} of them on the host" if cost.on_host else ""
     yield f"trainable        {million(cost.trainable)} of {million(cost.total)} parameters ({cost.percent:.2f} %)"
     yield f"optimizer state  {gib(states)} a rank ({gib(cost.masters)} masters + {gib(cost.optimizer_state)} moments)"
+    if cost.parked:
+        yield f"parked state     {gib(cost.parked)} a rank, of tensors that trained before and wait"
     yield f"weights          {gib(cost.weights)} a rank, gradients {gib(cost.gradients)}{host}"
     yield (
         f"FLOPs per token  {_si(cost.flops_per_token)} (forward {_si(cost.forward_flops)}, "

@@ -82,19 +82,33 @@ class FreezePlan:
     decide_at: int | None = None
 
     def __post_init__(self) -> None:
-        assert self.phases, "a plan has at least one phase"
+        """UserError unless the phases tile the run: from step 0, without gaps or overlaps, none of them empty."""
+        if not self.phases:
+            raise UserError("A plan needs at least one phase, such as Phase(0, None, names).")
         step = 0
-        for phase in self.phases:
-            assert phase.first_step == step, f"phase starts at {phase.first_step}, not at {step}"
-            assert phase.num_steps is None or phase.num_steps > 0, "a phase has at least one step"
-            assert (phase.num_steps is None) <= (phase is self.phases[-1]), "only the last phase may be open"
-            if not phase.trainable:
-                raise UserError(
-                    f"Strategy '{self.strategy}' leaves nothing to train from step {phase.first_step} on: "
-                    "every tensor is frozen. Lower freeze.fraction, or name what shall train in freeze.trainable."
-                )
+        for number, phase in enumerate(self.phases):
+            self._check(number, phase, step)
             step = phase.end or 0
+        if self.drop_master and self.state != "clear":
+            raise UserError(
+                f"drop_master goes with state 'clear', which drops the moments too; state is '{self.state}'."
+            )
         assert self.decide_at is None or self.phases[-1].num_steps is None, "what is to be revised is still open"
+
+    def _check(self, number: int, phase: Phase, step: int) -> None:
+        where = f"Phase {number} of strategy '{self.strategy}'"
+        if phase.first_step != step:
+            what = "overlaps the one before" if phase.first_step < step else "leaves a gap after the one before"
+            raise UserError(f"{where} starts at step {phase.first_step} and {what}; write first_step {step}.")
+        if phase.num_steps is not None and phase.num_steps < 1:
+            raise UserError(f"{where} has {phase.num_steps} steps; a phase has at least one.")
+        if phase.num_steps is None and number < len(self.phases) - 1:
+            raise UserError(f"{where} has no end (num_steps None), which the last phase alone may have.")
+        if not phase.trainable:
+            raise UserError(
+                f"Strategy '{self.strategy}' leaves nothing to train from step {phase.first_step} on: "
+                "every tensor is frozen. Lower freeze.fraction, or name what shall train in freeze.trainable."
+            )
 
     @cached_property
     def digest(self) -> str:

@@ -21,6 +21,7 @@ Strategy = Literal[
     "full", "head", "bottom", "top", "interval", "random", "middle", "ranked", "patterns",
     "bitfit", "norms", "attention", "lora", "dora",
     "lisa", "badam", "hift", "owlore", "sweep", "gradual_unfreezing", "freezeout", "step_ranges",
+    "adt_h", "adt_l", "autofreeze", "tang_like", "egeria_like", "smartfrz", "adagradselect", "grass", "blockllm",
 ]  # fmt: skip
 #: A list of texts; a single one may stand alone.
 Texts = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
@@ -34,30 +35,51 @@ _BY_NUMBER = (*_BY_FRACTION, "interval")
 _ROTATING = ("lisa", "badam", "hift", "owlore")
 _RETURNING = (*_ROTATING, "sweep", "step_ranges")  # what stops training may come back, or may be told to
 _SCHEDULED = (*_RETURNING, "gradual_unfreezing", "freezeout")
+_ADT = ("adt_h", "adt_l")
+_DECIDING = ("autofreeze", "tang_like", "egeria_like", "smartfrz", "adagradselect", "grass", "blockllm")
+_ADAPTIVE = (*_ADT, *_DECIDING)
 #: The strategies that read a key of `freeze:`; the others refuse it. Keys that are not here are read by all.
 FREEZE_KEYS: dict[str, tuple[str, ...]] = {
-    "fraction": (*_BY_NUMBER, "full", "head"),  # these two say aloud that they do not use it: it is a natural override
-    "count": (*_BY_NUMBER, "full", "head"),
-    "round": _BY_FRACTION,
+    # full and head say aloud that they do not use a number: it is a natural override
+    "fraction": (*_BY_NUMBER, *_ADT, "full", "head"),
+    "count": (*_BY_NUMBER, *_ADT, "full", "head"),
+    "round": (*_BY_FRACTION, *_ADT),
     "offset": ("interval",),
     "granularity": (*_BY_NUMBER, *_ROTATING, "sweep"),
-    "seed": ("random", *_ROTATING),
+    "seed": ("random", *_ROTATING, "adagradselect", "grass", "blockllm"),
     "scores": ("ranked", "owlore"),
     "trainable": ("patterns",),
     "frozen": ("patterns",),
     "unfrozen_parameters": ("patterns",),
     "freeze_trainable_layers": ("patterns",),
-    "active_layers": (*_ROTATING, "sweep", "gradual_unfreezing"),
-    "switch_every": (*_ROTATING, "gradual_unfreezing"),
+    "active_layers": (*_ROTATING, "sweep", "gradual_unfreezing", "adagradselect", "grass"),
+    "switch_every": (*_ROTATING, "gradual_unfreezing", *_DECIDING),
     "order": ("badam", "hift", "sweep"),
-    "state": _RETURNING,
-    "drop_master": _RETURNING,
-    "rewarmup_steps": _SCHEDULED,
+    "state": (*_RETURNING, *_ADAPTIVE),
+    "drop_master": (*_RETURNING, *_ADAPTIVE),
+    "rewarmup_steps": (*_SCHEDULED, *_ADAPTIVE),
     "discriminative_factor": ("gradual_unfreezing",),
     "t0": ("freezeout",),
     "power": ("freezeout",),
     "scale_rates": ("freezeout",),
     "step_ranges": ("step_ranges",),
+    "track_steps": _ADT,
+    "measure": _ADT,
+    "stability_check": _ADT,
+    "percentile": ("autofreeze",),
+    "threshold": ("tang_like",),
+    "window": ("egeria_like", "smartfrz"),
+    "slope": ("egeria_like",),
+    "hits": ("egeria_like",),
+    "thaw_factor": ("egeria_like",),
+    "variance": ("smartfrz",),
+    "min_cka": ("smartfrz",),
+    "epsilon": ("adagradselect",),
+    "epsilon_decay": ("adagradselect",),
+    "temperature": ("grass",),
+    "ema": ("grass",),
+    "sparsity": ("blockllm",),
+    "patience": ("blockllm",),
 }
 #: The tasks that read a key of `data:`, likewise.
 DATA_KEYS: dict[str, tuple[str, ...]] = {
@@ -203,7 +225,7 @@ class FreezeOptions(Section):
     head: Literal["auto", "freeze", "train"] = "auto"
     """The head; auto trains it, unless it is tied to a frozen embedding."""
     seed: Seed = 42
-    """random, lisa, owlore, badam, hift: seed of the draws."""
+    """random, lisa, owlore, badam, hift, adagradselect, grass, blockllm: seed of the draws."""
     scores: Path | None = None
     """A JSON file of scores, {"scores": {"layers.0": 0.12, ...}}. ranked: the lowest-scored units are frozen; owlore:
     the weights of the draw."""
@@ -221,17 +243,18 @@ class FreezeOptions(Section):
 
     # -- moving: what trains changes on the way (docs/methods/)
     active_layers: Annotated[int, Field(ge=1)] | None = None
-    """Units that train at once, or that one stage thaws; None takes the method's own (lisa 2, owlore 5, the others 1).
-    Also read as lisa_activated_layers, lisa_n_layers."""
+    """Units that train at once, or that one stage thaws; None takes the method's own (lisa, adagradselect and grass 2,
+    owlore 5, the others 1). Also read as lisa_activated_layers, lisa_n_layers."""
     switch_every: Annotated[int, Field(ge=1)] | None = None
-    """Steps between switches; None takes the method's own (lisa 20, badam and owlore 50, hift 1; gradual_unfreezing
-    shares the run out). Also read as lisa_step_interval, lisa_interval_steps, badam_switch_interval."""
+    """Steps between switches or decisions; None takes the method's own (lisa, tang_like, adagradselect and grass 20,
+    badam and owlore 50, hift 1, egeria_like and smartfrz 5, blockllm 100, autofreeze a tenth of the run;
+    gradual_unfreezing shares the run out). Also read as lisa_step_interval, lisa_interval_steps, badam_switch_interval."""
     order: Literal["auto", "ascending", "descending", "random"] = "auto"
     """In which order units take their turn, ascending from the input; auto is random for badam, afresh each sweep, and
     ascending for hift and sweep. Also read as badam_switch_mode."""
     state: Literal["auto", "keep", "clear", "offload"] = "auto"
     """Adam's state of what stops training: keep it on the device, clear it, or park it on the host; auto takes the
-    method's own (lisa, owlore and step_ranges keep, badam and sweep clear, hift offload)."""
+    method's own (lisa, owlore, step_ranges and adagradselect keep, hift and grass offload, the others clear)."""
     drop_master: bool = False
     """With state clear: drop the fp32 master too, so that training resumes from the rounded bf16 weight."""
     rewarmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -247,6 +270,43 @@ class FreezeOptions(Section):
     step_ranges: dict[str, Any] | None = None
     """step_ranges: when each pattern's tensors are frozen: N for the first N steps, [first, last] with both ends, last
     -1 to the end, -1 alone throughout, or a list of such pairs. What no pattern names trains."""
+    # -- adaptive: what trains next is decided from what the run measured
+    track_steps: Annotated[int, Field(ge=1)] = 5
+    """adt_h, adt_l: steps in which all layers train and are watched before some freeze."""
+    measure: Literal["abs_l2", "rel_l2", "rms", "grad_l2"] = "abs_l2"
+    """adt_h, adt_l: weight change in L2 norm, relative to the start weights, or per element; or the gradients' L2 norm, which
+    needs no copy of the start weights."""
+    stability_check: bool = False
+    """adt_h, adt_l: rank the layers halfway through the tracking too, and say so when the two rankings disagree."""
+    percentile: Annotated[float, Field(ge=0, le=100)] = 50.0
+    """autofreeze: layers in front of the first one whose gradient changed by this percentile or more freeze."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """tang_like: the front layer freezes when its gradient falls below this share of its largest so far."""
+    window: Annotated[int, Field(ge=2)] = 20
+    """egeria_like, smartfrz: decisions over which a trend or a variance is taken."""
+    slope: Annotated[float, Field(gt=0)] = 1e-4
+    """egeria_like: a trend of plasticity below this, per decision, is flat."""
+    hits: Annotated[int, Field(ge=1)] = 2
+    """egeria_like: flat trends in a row that freeze the front layer."""
+    thaw_factor: Annotated[float, Field(gt=1)] | None = 10.0
+    """egeria_like: everything thaws when the learning rate is this many times below what it was at the first freeze;
+    None never thaws."""
+    variance: Annotated[float, Field(gt=0)] = 1e-4
+    """smartfrz: the similarity to the start model varies less than this in a layer that may freeze."""
+    min_cka: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """smartfrz: and is above this."""
+    epsilon: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """adagradselect: probability, at the first decision, of taking the layers with the largest gradients."""
+    epsilon_decay: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """adagradselect: epsilon is multiplied by this at every decision."""
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    """grass: softmax temperature; None takes the mean of what it divides, so that only ratios count."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """grass: weight of a layer's former gradient size when it is measured again."""
+    sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """blockllm: share of the layers' elements that are frozen."""
+    patience: Annotated[int, Field(ge=1)] = 100
+    """blockllm: losses whose mean must not exceed that of all since the last switch."""
 
     @model_validator(mode="before")
     @classmethod

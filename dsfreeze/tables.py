@@ -41,6 +41,13 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         ("optimizer state", f"{gib(memory['optimizer_state'] + memory['masters'])} (masters and moments, this rank)"),
         ("peak memory", gib(memory["peak"])),
     ]  # fmt: skip
+    if summary["switches"]:
+        rows.append(("switches", f"{summary['switches']} in {summary['seconds_switching']:.2f} s; "
+                                 f"{gib(memory['parked'])} of state waits for its tensors' return"))  # fmt: skip
+    if chosen := summary["selection"]:
+        rows.append(("selection", f"{chosen['decisions']} decisions in {chosen['seconds']:.2f} s, peak memory "
+                                  f"{gib(chosen['peak'])} until the last ({gib(chosen['peak_after'])} after it), "
+                                  f"{gib(chosen['host_bytes'])} of copies in host memory"))  # fmt: skip
     for when, metrics in summary["metrics"].items():
         rows.append((when, "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())))
     if summary["never_moved"]:

@@ -59,6 +59,10 @@ class Tracker:
         """A decision was made: sums start anew."""
         self._losses, self._gradients = [], {}
 
+    def host_bytes(self, engine: Engine) -> int:
+        """Bytes of this rank's copies in host memory: the start's weights and hidden states."""
+        return engine.host_bytes() + sum(t.nbytes for t in self._start.values())
+
     # -- hidden states -----------------------------------------------------------------------------------------
 
     def _similarities(self, engine: Engine) -> dict[str, Similarity]:

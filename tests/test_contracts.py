@@ -30,7 +30,7 @@ EXCUSES = (
     "could sit on",
 )
 #: Long enough for every method to move, and no multiple of a period.
-STEPS = 133
+STEPS = 233
 #: Strategies of which a longer run begins as a shorter one does.
 PREFIX = ("lisa", "badam", "hift", "owlore", "step_ranges")
 #: Strategies that a model may leave nothing to do: one without biases, or with a tied head.

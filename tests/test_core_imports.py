@@ -16,8 +16,8 @@ HEAVY = ("torch", "transformers", "deepspeed", "datasets", "peft", "numpy", "skl
 CORE = (
     "dsfreeze", "dsfreeze.errors", "dsfreeze.recipe", "dsfreeze.recipe_yaml", "dsfreeze.recipe_reader",
     "dsfreeze.recipe_reference", "dsfreeze.zero_config", "dsfreeze.anatomy", "dsfreeze.plan", "dsfreeze.record",
-    "dsfreeze.strategies", "dsfreeze.estimate", "dsfreeze.picture", "dsfreeze.trackers", "dsfreeze.tables",
-    "dsfreeze.quickstart", "dsfreeze.supervise", "dsfreeze.interrupt", "dsfreeze.journal", "dsfreeze.cli",
+    "dsfreeze.strategies", "dsfreeze.strategies.adaptive", "dsfreeze.estimate", "dsfreeze.picture",
+    "dsfreeze.trackers", "dsfreeze.tables", "dsfreeze.quickstart", "dsfreeze.supervise", "dsfreeze.interrupt", "dsfreeze.journal", "dsfreeze.cli",
 )  # fmt: skip
 
 

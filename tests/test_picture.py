@@ -81,7 +81,7 @@ def test_figures_are_there():
 @pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - {"ranked", "patterns", "owlore", "step_ranges"}))
 def test_every_picture_fits_80_columns(strategy):
     for anatomy in (anatomies.bert(), anatomies.llama(depth=80, labels=2, qkv_bias=True)):
-        lines = shown(anatomy, plan_of(anatomy, strategy=strategy)).splitlines()
+        lines = shown(anatomy, make_plan(anatomy, FreezeOptions(strategy=strategy), 233)).splitlines()
         assert max(map(len, lines)) <= 80
 
 

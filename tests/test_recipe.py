@@ -276,7 +276,7 @@ def test_a_key_that_nothing_reads_is_a_mistake_with_its_line(written):
     expected = [(4, "data.prefix: task 'sft'", "seq2seq"), (5, "data.label: task 'sft'", "classification, tokens"),
                 (8, "freeze.scores: freeze.strategy 'bottom'", "ranked, owlore"),
                 (9, "freeze.offset: freeze.strategy 'bottom'", "interval"),
-                (10, "freeze.seed: freeze.strategy 'bottom'", "random, lisa, badam, hift, owlore")]  # fmt: skip
+                (10, "freeze.seed: freeze.strategy 'bottom'", "random, lisa, badam, hift, owlore, adagradselect, grass, blockllm")]  # fmt: skip
     assert header == f"{len(expected)} mistakes:"
     for line, (number, start, readers) in zip(lines, expected, strict=True):
         assert f"recipe.yaml:{number}: {start} does not read it (only {readers})." in line

@@ -17,7 +17,7 @@ def summary(**changes):
     memory = {"optimizer_state": 2048, "masters": 0, "peak": 4096}
     return {
         "steps": 3, "loss": 1.0, "trainable": 10, "total": 40, "flops_vs_full": 0.5, "seconds_per_step": 0.1, "memory": memory,
-        "metrics": {}, "never_moved": [], "record": "runs/mine", "model": None, **changes,
+        "metrics": {}, "never_moved": [], "record": "runs/mine", "model": None, "switches": 0, "selection": None, **changes,
     }  # fmt: skip
 
 
@@ -36,3 +36,12 @@ def test_a_run_that_evaluated_nothing_has_no_accuracy_and_one_without_a_model_na
     assert "peak memory" in text
     assert "0.750" in shown(comparison_table(summary(metrics={"after": {"accuracy": 0.75}}), summary()))
     assert "None" not in shown(summary_table(summary()))
+
+
+def test_a_moving_run_tells_what_switching_and_deciding_took():
+    memory = {"optimizer_state": 2048, "masters": 0, "peak": 4 << 30, "parked": 1 << 30}
+    selection = {"decisions": 2, "seconds": 1.5, "peak": 4 << 30, "peak_after": 2 << 30, "host_bytes": 3 << 30}
+    text = shown(summary_table(summary(memory=memory, switches=7, seconds_switching=0.25, selection=selection)))
+    told = " ".join(text.replace("│", " ").split())
+    assert "7 in 0.25 s; 1.00 GiB of state waits" in told
+    assert "2 decisions in 1.50 s, peak memory 4.00 GiB until the last (2.00 GiB after it), 3.00 GiB of copies" in told

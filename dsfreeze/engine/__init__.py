@@ -82,6 +82,9 @@ class Engine(Protocol):
     def changes(self) -> dict[str, tuple[float, float]]:
         """(squared distance from the start, squared norm at the start) of each tensor that trains now (collective)."""
 
+    def host_bytes(self) -> int:
+        """Bytes of what `watch` copied into host memory."""
+
     def no_grad_forward(self, batch: Mapping[str, torch.Tensor], **options: Any) -> Any:
         """The module's output in eval mode without a graph (collective at stage 3)."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.engine import Memory, Movement, TensorState
-from dsfreeze.engine.flats import Flat, Slot, lay_out
+from dsfreeze.engine.flats import Flat, whole
 from dsfreeze.engine.groups import Group, by_name, group_tensors, set_learning_rate
 from dsfreeze.engine.memory import Meter, nbytes, spanned_bytes
 from dsfreeze.engine.modes import Modes, set_trainable
@@ -163,6 +163,9 @@ class BaseEngine(ABC):
         # a copy in host memory, of this rank's shares alone
         self._start = {name: value.to("cpu", copy=True) for name, value in shares}
 
+    def host_bytes(self) -> int:
+        return sum(t.nbytes for t in self._start.values())
+
     def gradients(self) -> dict[str, tuple[float, float]]:
         return self._gradients
 
@@ -251,27 +254,32 @@ class BaseEngine(ABC):
         self._park({name: entry for name, entry in state.items() if name not in self._trainable})
         self._before = self._checksums()
 
-    def _parcel_of(
-        self, names: Sequence[str], state: Mapping[str, TensorState], kind: type[Flat], ranks: int
-    ) -> Parcel:
-        """This rank's share of the parked state of tensors that lie in one group."""
-        entries = {name: state[name] for name in names}
-        device = self.device if self.rule == "keep" else torch.device("cpu")
-        slots = [Slot(name, tuple(self.anatomy.by_name[name].shape), 0) for name in names]
-        first = entries[names[0]]
-        flat = lay_out(kind, slots, self.rank if ranks > 1 else 0, ranks, device)
-        if ranks == 1:
-            flat = replace(flat, tensor=flat.tensor.view(slots[0].shape))
-        moments = {k: torch.zeros_like(flat.tensor) for k in MOMENTS if k in first}
-        for moment, share in moments.items():
-            self._write(share, flat, {n: e[moment].float() for n, e in entries.items()})
+    def _place(self, name: str) -> tuple[torch.device, tuple[int, ...]]:
+        """Where the parked state of a tensor lies, and the tensor's shape."""
+        return self.device if self.rule == "keep" else torch.device("cpu"), tuple(self.anatomy.by_name[name].shape)
+
+    def _parcel_of(self, flat: Flat, state: Mapping[str, TensorState]) -> Parcel:
+        """This rank's share of the parked state of the tensors that `flat`, new and zero, has room for."""
+        entries = {name: state[name] for name in flat.names}
+        first = entries[flat.names[0]]
+        shares = {kind: torch.zeros_like(flat.tensor) for kind in MOMENTS if kind in first}
+        for kind, share in shares.items():
+            self._write(share, flat, {n: e[kind].float() for n, e in entries.items()})
         has_master = "master" in first
         if has_master:
             self._write(flat.tensor, flat, {n: e["master"].float() for n, e in entries.items()})
         else:
             flat = replace(flat, tensor=torch.empty_like(flat.tensor, device="meta"))
-        step = {"step": first["step"].clone().to(self.device)} if "step" in first else {}
-        return Parcel(flat, {**moments, **step}, has_master)
+        step = {"step": first["step"].to(self.device, copy=True)} if "step" in first else {}
+        return Parcel(flat, {**shares, **step}, has_master)
+
+    def _whole_parcels(self, state: Mapping[str, TensorState]) -> list[Parcel]:
+        """Parcels of tensors that no rank shares with another."""
+        parked = {name: self._place(name) for name, entry in state.items() if set(entry) - {"weight"}}
+        return [
+            self._parcel_of(whole(name, torch.zeros(shape, device=device)), state)
+            for name, (device, shape) in parked.items()
+        ]
 
     def _load_moments(self, flat: Flat, entries: Mapping[str, TensorState]) -> None:
         (step,) = {float(e["step"]) if "step" in e else None for e in entries.values()}

@@ -134,5 +134,5 @@ def lay_out(kind: type[Flat], slots: Sequence[Slot], rank: int, world_size: int,
         placed.append(Slot(slot.name, slot.shape, at))
         at += slot.numel if kind is Range else -(-slot.numel // world_size)
     align = 2 * world_size  # stages 1 and 2 pad a group to it
-    size = -(-at // align) * 2 if kind is Range and world_size > 1 else at
+    size = -(-at // align) * 2 if kind is Range else at
     return kind(torch.zeros(size, device=device), tuple(placed), rank, world_size)

@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.engine import TensorState
 from dsfreeze.engine.base import BaseEngine
-from dsfreeze.engine.flats import Flat, Range, whole
+from dsfreeze.engine.flats import Flat, whole
 from dsfreeze.engine.groups import make_adamw
 from dsfreeze.engine.modes import set_trainable
 from dsfreeze.engine.parcels import Parcel, park, put_back
@@ -61,7 +61,7 @@ class LocalEngine(BaseEngine):
         return self._idle
 
     def _park(self, state: Mapping[str, TensorState]) -> None:
-        self._idle = [self._parcel_of([n], state, Range, 1) for n, e in state.items() if set(e) - {"weight"}]
+        self._idle = self._whole_parcels(state)
 
     def _gradient_shares(self) -> list[torch.Tensor]:
         gradients = {name: self._named[name].grad for name in self._stepped}

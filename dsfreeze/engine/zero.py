@@ -26,7 +26,7 @@ from torch.nn.utils import get_total_norm
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.engine import TensorState
 from dsfreeze.engine.base import BaseEngine
-from dsfreeze.engine.flats import Flat, Pieces, Range
+from dsfreeze.engine.flats import Flat, Pieces, Range, Slot, lay_out
 from dsfreeze.engine.gradients import gradient_shares
 from dsfreeze.engine.groups import make_adamw, settings_of
 from dsfreeze.engine.layout import flats_of, gradient_buffers
@@ -89,15 +89,21 @@ class ZeroEngine(BaseEngine):
         return ledger_of(self.engine).parked
 
     def _park(self, state: Mapping[str, TensorState]) -> None:
+        ledger_of(self.engine).parked = self._sharded_parcels(state) if self.stage else self._whole_parcels(state)
+
+    def _sharded_parcels(self, state: Mapping[str, TensorState]) -> list[Parcel]:
         groups: dict[tuple[Any, ...], list[str]] = {}
         for name, entry in state.items():
             if set(entry) - {"weight"}:
                 step = float(entry["step"]) if "step" in entry else None
-                apart = name if self.stage == 0 else self.anatomy.layer_of[name].name
-                groups.setdefault((apart, step, *sorted(entry)), []).append(name)
+                groups.setdefault((self.anatomy.layer_of[name].name, step, *sorted(entry)), []).append(name)
         kind = Pieces if self.stage == 3 else Range
-        ranks = self.world_size if self.stage else 1
-        ledger_of(self.engine).parked = [self._parcel_of(names, state, kind, ranks) for names in groups.values()]
+        parcels = []
+        for names in groups.values():
+            slots = [Slot(name, self._place(name)[1], 0) for name in names]
+            flat = lay_out(kind, slots, self.rank, self.world_size, self._place(names[0])[0])
+            parcels.append(self._parcel_of(flat, state))
+        return parcels
 
     def _gradient_shares(self) -> list[torch.Tensor]:
         return gradient_shares(self.engine)

@@ -12,6 +12,7 @@ from dsfreeze.errors import UserError, did_you_mean
 from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import FreezeOptions
 from dsfreeze.strategies import progressive, rotating, static
+from dsfreeze.strategies.adaptive import ADAPTIVE
 
 #: (anatomy without adapters, options, optimizer steps of the run or None) -> plan
 Strategy = Callable[[Anatomy, FreezeOptions, int | None], FreezePlan]
@@ -39,10 +40,8 @@ STRATEGIES: dict[str, Strategy] = {
     "gradual_unfreezing": progressive.gradual_unfreezing,
     "freezeout": progressive.freezeout,
     "step_ranges": progressive.step_ranges,
+    **{name: rule.initial for name, rule in ADAPTIVE.items()},
 }
-
-
-ADAPTIVE: dict = {}
 
 
 def make_plan(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:

@@ -12,7 +12,8 @@ from zero_kit import LAYOUTS, STAGES, make_zero
 
 from dsfreeze.engine.local import LocalEngine
 from dsfreeze.engine.process import process_group
-from dsfreeze.plan import Phase
+from dsfreeze.estimate import estimate
+from dsfreeze.plan import FreezePlan, Phase
 
 ANATOMY = llama_anatomy(tiny_llama())
 
@@ -50,10 +51,8 @@ def train(engine, first, last):
 
 def local(rule, bf16=False):
     state, drop = rule
-    engine = LocalEngine(
-        tiny_llama(), ANATOMY, recipe_of("local", bf16=bf16, **TRAIN), state=state, drop_master=drop
-    )  # fmt: skip
-    return engine
+    recipe = recipe_of("local", bf16=bf16, **TRAIN)
+    return LocalEngine(tiny_llama(), ANATOMY, recipe, state=state, drop_master=drop)
 
 
 def zero(layout, rule, bf16=False):
@@ -98,3 +97,65 @@ def test_moving_plans_train_the_same_at_every_stage(bf16):
             torch.testing.assert_close(
                 value.float(), wanted[rule][1][name], atol=close_weight, rtol=0, msg=f"{where} {name}"
             )
+
+
+def measured(layouts, bf16):
+    """By layout: what a step's gradients and the way from the start come to, and bytes in every phase against the plan's."""
+    found = []
+    with process_group(recipe_of()):
+        for layout in layouts:
+            engine = zero(layout, RULES[0], bf16)
+            engine.enter(PHASES[4])
+            engine.watch(gradients=True, changes=True)
+            train_steps(engine, 0, 1, lr=5e-3)
+            found.append((engine.gradients(), engine.changes()))
+            engine.close()
+    return found
+
+
+@pytest.mark.slow
+def test_measurements_are_the_same_at_every_stage():
+    """Oracle: LocalEngine's, themselves held against `.grad` and the weights in test_moving_local.py."""
+    engine = local(RULES[0])
+    engine.enter(PHASES[4])
+    engine.watch(gradients=True, changes=True)
+    train_steps(engine, 0, 1, lr=5e-3)
+    leader, other = run_ranks(measured, LAYOUTS, False, timeout=120)
+    assert leader == other
+    for layout, (gradients, changes) in zip(LAYOUTS, leader, strict=True):
+        for name in ANATOMY.in_order(PHASES[4].trainable):
+            assert gradients[name] == pytest.approx(engine.gradients()[name], rel=1e-4), (layout, name)
+            assert changes[name] == pytest.approx(engine.changes()[name], rel=1e-4), (layout, name)
+
+
+def held_in_phases(layouts, rules, bf16):
+    found = {}
+    with process_group(recipe_of()):
+        for number, layout in enumerate(layouts):
+            for rule in rules:
+                engine = zero(layout, rule, bf16)
+                for phase in PLAN.phases:
+                    engine.enter(phase)
+                    train_steps(engine, phase.first_step, phase.first_step + 1, lr=5e-3)
+                    held = engine.memory()
+                    found[number, rule, phase.first_step] = (held.masters, held.optimizer_state, held.parked)
+                engine.close()
+    return found
+
+
+PLAN = FreezePlan("made", (*PHASES[:4], replace(PHASES[4], num_steps=3)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_live_bytes_after_every_switch_are_the_plan_s(bf16):
+    """Oracle: `estimate` of the phase at that stage, over 2 ranks: to the byte."""
+    layouts = [("zero1", {}), ("zero2", {}), ("zero3", STAGES[3][1])]
+    ranks = run_ranks(held_in_phases, layouts, RULES, bf16, timeout=240)
+    for (number, rule, step), _ in ranks[0].items():
+        plan = replace(PLAN, state=rule[0], drop_master=rule[1])
+        cost = estimate(
+            ANATOMY, plan, stage=number + 1, world_size=2, dtype_bytes=2 if bf16 else 4, phase=plan.phase_at(step)
+        )
+        wanted = (cost.masters, cost.optimizer_state, cost.parked)
+        assert [found[number, rule, step] for found in ranks] == [wanted] * 2, (layouts[number], rule, step)
