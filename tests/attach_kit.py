@@ -111,7 +111,7 @@ class Watch(TrainerCallback):
 def attached(folder, plan_maker=gradual, *, model=None, watch=None, **options):
     """A trainer over the tiny model with a plan, and the callback that watches it (after ours)."""
     model = model or tiny_llama()
-    plan = plan_maker(model)
+    plan = plan_maker(tiny_llama())
     trainer = attach(make_trainer(folder, model, **options), plan)
     watch = watch or Watch()
     trainer.add_callback(watch)

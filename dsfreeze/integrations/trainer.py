@@ -99,6 +99,8 @@ class Attachment:
         optimizer = self._upstream_optimizer(model)
         assert self._phase is not None
         set_trainable(self.trainer.model, self._phase.trainable)
+        if not isinstance(optimizer, torch.optim.Optimizer):  # a stand-in for DeepSpeed's own, from its configuration
+            return optimizer
         if self._grouping is None:
             require_adam(optimizer)
             self._grouping = Grouping.of(optimizer, self.trainer.model, self.plan.ever_trained)

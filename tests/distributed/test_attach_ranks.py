@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from attach_kit import (
-    STEPS, Watch, attached, gradual, moved, plan_of, rate_at, rotating, run_torch, worst,
+    STEPS, Watch, attached, gradual, make_trainer, moved, plan_of, rate_at, rotating, run_torch, worst,
 )  # fmt: skip
 from forks import outcomes_of, run_ranks
 from refreeze_kit import full_weights
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tiny import tiny_llama
 
 from dsfreeze.engine.process import import_deepspeed
+from dsfreeze.model import base_hash
 
 
 def config_of(stage, **sections):
@@ -29,7 +30,7 @@ def config_of(stage, **sections):
 #: DeepSpeed's own optimizer and schedule, by transformers' arguments.
 OWN = {
     "optimizer": {"type": "AdamW", "params": {
-        "lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": 0.0, "torch_adam": True}},
+        "lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}},
     "scheduler": {"type": "WarmupDecayLR", "params": {
         "warmup_min_lr": 0, "warmup_max_lr": "auto", "warmup_num_steps": "auto", "total_num_steps": "auto",
         "warmup_type": "linear"}},
@@ -55,7 +56,8 @@ def start(folder, maker, config, **options):
     import_deepspeed()  # without the op that it would compile for communication on CPUs
     AcceleratorState._reset_state()
     watch = WatchEngine()
-    trainer, _, plan = attached(folder, maker, watch=watch, batch=2, deepspeed=config, **options)
+    options = {"batch": 2, **options}
+    trainer, _, plan = attached(folder, maker, watch=watch, deepspeed=config, **options)
     watch.trainer = trainer
     return trainer, watch, plan
 
@@ -104,19 +106,62 @@ def test_equals_plain_torch(tmp_path):
 
 
 def with_own_optimizer(folder):
-    return train(folder, rotating, config_of(2, **OWN), weight_decay=0.0)
+    from accelerate.state import AcceleratorState
+
+    weights, rates = train(folder, rotating, config_of(2, **OWN))
+    AcceleratorState._reset_state()
+    alone = WatchEngine()
+    alone.trainer = make_trainer(folder, tiny_llama(), batch=2, deepspeed=config_of(2, **OWN), callbacks=[alone])
+    alone.trainer.train()
+    return weights, rates, alone.rates
 
 
 def test_deepspeeds_own_optimizer_and_scheduler(tmp_path):
-    """Every group has the rate of the schedule at every step, though groups come and go (row 35)."""
-    for weights, rates in run_ranks(with_own_optimizer, str(tmp_path), timeout=100):
-        plan, before = rotating(tiny_llama()), None
-        for step, now in enumerate(weights):
-            assert len(set(rates[step])) == 1
-            if step > 2:
-                assert 0 < rates[step][0] < rates[step - 1][0]
-                assert moved(before, now) == set(plan.phase_at(step).trainable), step
-            before = now
+    """Every group has the rate that a trainer without a plan has at that step, though groups come and go (row 35)."""
+    plan = rotating(tiny_llama())
+    for weights, rates, alone in run_ranks(with_own_optimizer, str(tmp_path), timeout=100):
+        assert len({groups[0] for groups in alone}) > 5
+        for step, (mine, theirs) in enumerate(zip(rates, alone, strict=True)):
+            assert mine == pytest.approx([theirs[0]] * len(mine)), step
+        for step in range(3, STEPS):
+            assert moved(weights[step - 1], weights[step]) == set(plan.phase_at(step).trainable), step
+
+
+def with_accumulation(folder):
+    return [train(folder, rotating, config_of(stage), batch=1, accumulation=2, max_grad_norm=0.1) for stage in (2, 3)]
+
+
+def test_with_accumulation_and_clipping(tmp_path):
+    """A step's micro-batches are dealt to the ranks in turn; the oracle takes the four examples at once."""
+    plan = rotating(tiny_llama())
+    truth = run_torch(plan, clip=0.1)
+    for results in run_ranks(with_accumulation, str(tmp_path), timeout=100):
+        for (weights, rates), tolerance in zip(results, (1e-6, 1e-5), strict=True):
+            check_run(weights, rates, plan, truth, tolerance)
+
+
+def from_shards(folder):
+    """A model that ZeRO-3 has cut up before the trainer sees it, as `from_pretrained` does under the trainer."""
+    import deepspeed
+
+    whole, model = base_hash(tiny_llama()), tiny_llama()
+    config = {**config_of(3), "train_micro_batch_size_per_gpu": 2}
+    for key in ("gradient_accumulation_steps", "gradient_clipping", "bf16"):
+        config.pop(key)
+    deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    trainer, watch, plan = start(folder, rotating, config_of(3), model=model, save_strategy="steps", save_steps=5)
+    assert trainer._dsfreeze.checkpoints.base.hash == whole
+    assert {t.name: t.shape for t in trainer._dsfreeze.anatomy.tensors} == {
+        n: tuple(p.shape) for n, p in tiny_llama().named_parameters()
+    }
+    trainer.train()
+    return watch.weights, watch.rates
+
+
+def test_a_model_that_is_cut_up_already(tmp_path):
+    plan = rotating(tiny_llama())
+    for weights, rates in run_ranks(from_shards, str(tmp_path), timeout=100):
+        check_run(weights, rates, plan, run_torch(plan), 1e-5)
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
@@ -127,28 +172,31 @@ def away_and_back(model):
     return plan_of(model, ("layers.3", "head"), ("layers.1", "head"), ("layers.3",))
 
 
-def save_and_resume(folder, stages, stops):
+def save_and_resume(folder, stages, stops, bf16=False):
     results = []
     for stage in stages:
         place = Path(folder) / str(stage)
         saving = {"save_strategy": "steps", "save_steps": 1}
-        whole, rates = train(place / "a", away_and_back, config_of(stage), **saving)
+        whole, rates = train(place / "a", away_and_back, config_of(stage), bf16=bf16, **saving)
         for stop in stops:
             from_here = place / "a" / f"checkpoint-{stop}"
-            again, later = train(place / f"b{stop}", away_and_back, config_of(stage), from_here)
+            again, later = train(place / f"b{stop}", away_and_back, config_of(stage), from_here, bf16=bf16)
             results.append((stage, stop, whole[stop:], rates[stop:], again, later))
     return results
 
 
-def test_resume_equals_the_uninterrupted_run(tmp_path):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_resume_equals_the_uninterrupted_run(bf16, tmp_path):
     """At both ends of the second phase and in its middle (row 15); the folder holds what was trained (rows 12, 13)."""
-    for results in run_ranks(save_and_resume, str(tmp_path), (2, 3), (3, 5, 6), timeout=200):
+    for results in run_ranks(save_and_resume, str(tmp_path), (2, 3), (3, 5, 6), bf16, timeout=200):
         for stage, stop, whole, rates, again, later in results:
             assert len(again) == STEPS - stop
             assert all(moved(true, mine) == set() for true, mine in zip(whole, again, strict=True)), (stage, stop)
             assert [set(r) for r in later] == [set(r) for r in rates]
     plan = away_and_back(tiny_llama())
     for stage in (2, 3):
+        kinds = {key.rpartition("/")[2] for key in load_file(tmp_path / f"{stage}/a/checkpoint-5/state.safetensors")}
+        assert kinds == {"exp_avg", "exp_avg_sq", "step"} | ({"master"} if bf16 else set())
         folder = tmp_path / str(stage) / "a" / "checkpoint-5"
         assert set(load_file(folder / "weights.safetensors")) == plan.ever_trained
         names = {path.name for path in folder.iterdir()}
