@@ -13,7 +13,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from attach_kit import (
-    LR, STEPS, Watch, attached, data, gradual, make_trainer, moved, names_of, plan_of, rate_at, rotating, run_torch, worst,
+    LR,
+    STEPS,
+    Watch,
+    attached,
+    data,
+    gradual,
+    make_trainer,
+    moved,
+    names_of,
+    plan_of,
+    rate_at,
+    rotating,
+    run_torch,
+    worst,
 )  # fmt: skip
 from safetensors.torch import load_file
 from tiny import llama_anatomy, tiny_llama
@@ -312,7 +325,7 @@ def test_names_that_the_model_lacks(tmp_path):
 
 def test_an_adaptive_plan(tmp_path):
     model = tiny_llama()
-    with pytest.raises(UserError, match="adaptive plan.*dsfreeze train"):
+    with pytest.raises(UserError, match=r"adaptive plan.*dsfreeze train"):
         attach(make_trainer(tmp_path, model), replace(static(model), decide_at=3))
 
 

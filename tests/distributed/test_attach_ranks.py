@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 from attach_kit import (
-    STEPS, Watch, attached, gradual, make_trainer, moved, plan_of, rate_at, rotating, run_torch, worst,
+    STEPS,
+    Watch,
+    attached,
+    gradual,
+    make_trainer,
+    moved,
+    plan_of,
+    rate_at,
+    rotating,
+    run_torch,
+    worst,
 )  # fmt: skip
 from forks import outcomes_of, run_ranks
 from refreeze_kit import full_weights
@@ -149,7 +159,7 @@ def from_shards(folder):
     for key in ("gradient_accumulation_steps", "gradient_clipping", "bf16"):
         config.pop(key)
     deepspeed.zero.Init(module=model, config_dict_or_path=config)
-    trainer, watch, plan = start(folder, rotating, config_of(3), model=model, save_strategy="steps", save_steps=5)
+    trainer, watch, _ = start(folder, rotating, config_of(3), model=model, save_strategy="steps", save_steps=5)
     assert trainer._dsfreeze.checkpoints.base.hash == whole
     assert {t.name: t.shape for t in trainer._dsfreeze.anatomy.tensors} == {
         n: tuple(p.shape) for n, p in tiny_llama().named_parameters()
