@@ -37,7 +37,7 @@ from dsfreeze.plan import FreezePlan
 if TYPE_CHECKING:
     from dsfreeze.engine import TensorState
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WEIGHTS, STATE, TRAINER, MANIFEST = "weights.safetensors", "state.safetensors", "trainer_state.json", "manifest.json"
 PREFIX = "checkpoint-"
 

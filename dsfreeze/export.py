@@ -37,7 +37,7 @@ from dsfreeze.recipe import ModelOptions, Recipe
 if TYPE_CHECKING:
     from dsfreeze.checkpoint import Base
 
-DELTA_FORMAT = 1
+DELTA_FORMAT = 2
 WEIGHTS, MANIFEST, PLAN, CARD = "delta.safetensors", "delta.json", "dsfreeze_plan.json", "README.md"
 
 

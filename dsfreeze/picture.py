@@ -62,9 +62,14 @@ def draw(anatomy: Anatomy, plan: FreezePlan, cost: Estimate | None = None) -> Gr
         parts += [Text(line) for line in _summary(anatomy, plan)]
     parts.append(Padding(Legend(tuple(state for state in STATES if state in shown)), (0, 0, 1, 2)))
     if len(plan.phases) > 1:
-        parts.append(Text("the figures are those of the phase that trains most:"))
+        parts.append(Text("bytes are those of the phase that holds most, FLOPs the mean over the run:"))
     parts += [Text(line) for line in _figures(cost)]
-    parts += [Text(f"note: {note}", style="italic") for note in plan.notes]
+    notes = [*plan.notes]
+    if plan.decide_at is not None:
+        notes.append(
+            f"after {plan.decide_at} steps what trains is decided anew, from what the run has measured by then"
+        )
+    parts += [Text(f"note: {note}", style="italic") for note in notes]
     return Group(*parts)
 
 

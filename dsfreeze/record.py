@@ -29,7 +29,7 @@ from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import Recipe
 from dsfreeze.recipe_yaml import dump_yaml, parse_yaml, read_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RECIPE, PLAN, DEEPSPEED, ENVIRONMENT = "recipe.yaml", "plan.json", "deepspeed.json", "environment.json"
 STEPS, EVENTS, REVISIONS, SUMMARY = "steps.jsonl", "events.jsonl", "revisions.jsonl", "summary.json"
 #: Folder of the exported model, beside the record.
@@ -185,7 +185,7 @@ def read_record(folder: Path | str) -> RecordData:
     version = environment.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{folder} is a record of format {version}, and this dsfreeze reads format {FORMAT_VERSION}: upgrade it."
+            f"{folder} is a record of format {version}, and this dsfreeze reads format {FORMAT_VERSION}: use the version that wrote it, or upgrade."
         )
     try:
         plan = FreezePlan.from_json(_read_text(folder / PLAN))

@@ -159,3 +159,9 @@ def test_prefix_state_is_the_anatomys_prefix():
         phase = plan_of(anatomy, fraction=0.5).phases[0]
         prefix = [layer.name for layer in anatomy.prefix(phase.trainable)]
         assert [name for name, state in layer_states(anatomy, phase).items() if state == "prefix"] == prefix
+
+
+def test_an_adaptive_plan_says_when_it_decides():
+    anatomy = anatomies.llama(depth=4)
+    text = shown(anatomy, plan_of(anatomy, strategy="adt_l", track_steps=7))
+    assert "after 7 steps what trains is decided anew" in " ".join(text.split())

@@ -45,11 +45,11 @@ def test_a_whole_run_reads_back(folder):
     assert data.recipe == RECIPE.model_dump(mode="json")
     assert data.plan == PLAN
     assert data.environment["versions"] == {"torch": "2.13.0"}
-    assert data.environment["format_version"] == 1
+    assert data.environment["format_version"] == 2
     assert data.steps == [line(1), line(2, 0.5), line(3, 1 / 3)]
     assert data.events[0]["event"] == "evaluation"
     assert data.events[0]["metrics"] == {"accuracy": 0.5}
-    assert data.summary == {"format_version": 1, "steps": 3, "model": str(folder / "model")}
+    assert data.summary == {"format_version": 2, "steps": 3, "model": str(folder / "model")}
     assert not list(folder.glob(".*")), "no temporary file is left"
 
 
@@ -190,7 +190,7 @@ def test_an_output_dir_that_is_a_file_or_cannot_be_made(tmp_path):
         ("steps.jsonl", '{"loss": 1}\n', "a line without a step"),
         ("events.jsonl", "junk\n\n", r"events\.jsonl:1 is not"),
         ("environment.json", "{", r"environment\.json is not JSON"),
-        ("environment.json", '{"format_version": 2}', "format 2.*reads format 1"),
+        ("environment.json", '{"format_version": 3}', "format 3.*reads format 2"),
         ("plan.json", "{}", r"plan\.json: Not a freeze plan"),
         ("recipe.yaml", "[1]", r"recipe\.yaml"),
         ("summary.json", "[]", "is not a JSON object"),

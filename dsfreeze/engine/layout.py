@@ -34,10 +34,14 @@ def group_numbers(engine: Any) -> list[int]:
 
 
 def holds_gradients(engine: Any) -> bool:
-    """Whether the tensors that train have gradients that no step has used."""
-    held = getattr(engine.optimizer, "averaged_gradients", {}).values()
-    parameters = (p for p in engine.module.parameters() if p.requires_grad)
-    return any(g is not None for group in held for g in group or ()) or any(p.grad is not None for p in parameters)
+    """Whether there were backward passes since the last optimizer step. The engine's own count of micro-steps does not
+    tell: it counts calls of `step`, of which accelerate and unmanaged accumulation make but one."""
+    wrapper = engine.optimizer
+    if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # stage 3 counts at the next forward pass
+        return wrapper.micro_step_id > 0 or wrapper._epilogue_ran_this_backward
+    if hasattr(wrapper, "single_partition_of_fp32_groups"):
+        return wrapper.micro_step_id >= 0
+    return any(p.grad is not None for p in engine.module.parameters() if p.requires_grad)
 
 
 def _ranges(wrapper: Any, names: dict, rank: int, world_size: int) -> Iterator[Flat]:

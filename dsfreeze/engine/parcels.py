@@ -33,8 +33,8 @@ class Parcel:
 
     @property
     def step(self) -> float | None:
-        """Adam's step count; None where it has no state."""
-        return float(self.state["step"]) if "step" in self.state else None
+        """Adam's step count; None where there is no state, 0 where the state has no count (SGD's momentum)."""
+        return float(self.state.get("step", 0)) if self.state else None
 
     def shares(self) -> dict[str, torch.Tensor]:
         """Every per-element tensor: the master, if any, and the optimizer's."""
@@ -128,7 +128,7 @@ def blank_rest(parcel: Parcel, names: Iterable[str]) -> Parcel:
     """A zero parcel of the same kinds for some of a parcel's tensors, with a layout of its own."""
     chosen = set(names)
     slots = [slot for slot in parcel.flat.slots if slot.name in chosen]
-    device = next(iter(parcel.shares().values())).device
+    device = next((share.device for share in parcel.shares().values()), torch.device("meta"))
     flat = lay_out(type(parcel.flat), slots, parcel.flat.rank, parcel.flat.world_size, device)
     made = replace(blank(flat, parcel), has_master=parcel.has_master, live=parcel.live)
     if parcel.has_master:

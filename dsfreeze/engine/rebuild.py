@@ -64,11 +64,7 @@ def _masters(engine: Any, groups: ParamGroups) -> None:
 def _sharded_state(engine: Any, groups: ParamGroups) -> None:
     """Stages 1 and 2. A frozen weight stays a view of its old group's buffer where that holds nothing else."""
     old = engine.optimizer
-    chosen = _chosen(groups)
-    leaving = [[p for p in group if id(p) not in chosen] for group in old.bit16_groups]
-    for group, gone in zip(old.bit16_groups, leaving, strict=True):
-        if len(gone) < len(group):
-            _unpin(gone)
+    _unpin(engine, groups)
     overflow = old.check_grad_overflow
     old.destroy()
     for parameter in (p for group in old.bit16_groups for p in group):
@@ -89,10 +85,9 @@ def _sharded_weights(engine: Any, groups: ParamGroups) -> None:
     forget_trace(offload)
     old.ipg_buckets.clear()
     _synchronize()
-    chosen = _chosen(groups)
-    for parameter in (p for group in old.fp16_groups for p in group if id(p) not in chosen):
-        # a frozen shard would keep the whole buffer of the old set alive
-        parameter.ds_tensor.data = parameter.ds_tensor.data.clone()
+    _unpin(engine, groups)
+    for parameter in engine.module.parameters():  # else the old wrapper lives on while the new one is built
+        parameter.__dict__.pop("_z3_optimizer", None)
     cls = type(old)
     engine.optimizer = old = None
     _regroup(engine, groups)
@@ -145,9 +140,36 @@ def _forget(parameter: nn.Parameter) -> None:
             delattr(parameter, name)
 
 
-def _unpin(parameters: Sequence[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.data = parameter.data.clone()
+def _unpin(engine: Any, groups: ParamGroups) -> None:
+    """See to it that no weight keeps a buffer of the old set alive which is no longer all in use."""
+    if engine.zero_optimization_stage() == 3:
+        chosen = _chosen(groups)
+        for parameter in (p for group in engine.optimizer.fp16_groups for p in group if id(p) not in chosen):
+            parameter.ds_tensor.data = _copied(parameter.ds_tensor.data)
+    elif engine.zero_optimization_stage() > 0:
+        _unpin_views(engine.module, groups)
+
+
+def _unpin_views(module: nn.Module, groups: ParamGroups) -> None:
+    """Give a frozen weight memory of its own where it shares a buffer with one that moves out of it: one that trains on
+    (it moves to a new buffer), or comes back. Buffers of frozen weights alone stay."""
+    chosen = _chosen(groups)
+    left = {_buffer(p) for p in module.parameters() if id(p) in chosen}
+    for parameter in module.parameters():
+        if id(parameter) not in chosen and _buffer(parameter) in left:
+            parameter.data = _copied(parameter.data)
+    for group in groups:
+        alone = group["params"][0]
+        if len(group["params"]) == 1 and alone.untyped_storage().nbytes() > alone.nbytes:
+            alone.data = _copied(alone.data)  # DeepSpeed flattens a single tensor to a view of it
+
+
+def _buffer(parameter: nn.Parameter) -> int:
+    return parameter.untyped_storage().data_ptr()
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, pin_memory=tensor.is_pinned()).copy_(tensor)
 
 
 def forget_trace(offload: Any) -> None:
@@ -179,8 +201,9 @@ def rebuild_anew(engine: Any, groups: ParamGroups) -> Any:
     module, basic = engine.module, engine.basic_optimizer
     config = {key: value for key, value in engine._config._param_dict.items() if key not in ("optimizer", "scheduler")}
     scheduler, counts = engine.lr_scheduler, {name: getattr(engine, name) for name in COUNTERS}
-    overflow = getattr(engine.optimizer, "check_grad_overflow", None)
+    overflow, training = getattr(engine.optimizer, "check_grad_overflow", None), engine.training
     with _quiet():
+        _unpin(engine, groups)
         close(engine)
         basic.state.clear()
         basic.param_groups[:] = [dict(group) for group in groups]
@@ -192,6 +215,7 @@ def rebuild_anew(engine: Any, groups: ParamGroups) -> Any:
         for group, rate in zip(basic.param_groups, rates, strict=True):
             group["lr"] = rate
     basic.state.clear()
+    new.train(training)
     new.lr_scheduler = scheduler
     for name, value in counts.items():
         setattr(new, name, value)

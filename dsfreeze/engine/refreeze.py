@@ -17,8 +17,10 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch.distributed as dist
@@ -28,7 +30,14 @@ from dsfreeze.engine.parcels import Parcel, blank, blank_rest, park, put_back, s
 from dsfreeze.engine.ranks import device_of, read_ranks
 from dsfreeze.engine.rebuild import read_masters, rebuild_anew, rebuild_in_place, write_masters
 from dsfreeze.engine.schedulers import follow_groups
-from dsfreeze.engine.support import is_rounded, missing_names, require_tested_version, unsupported
+from dsfreeze.engine.support import (
+    TESTED,
+    is_rounded,
+    missing_names,
+    require_tested_version,
+    unreadable_names,
+    unsupported,
+)
 from dsfreeze.errors import UserError, did_you_mean
 from dsfreeze.plan import StateRule
 
@@ -39,10 +48,12 @@ Method = Literal["auto", "in_place", "anew"]
 @dataclass
 class Ledger:
     """What `refreeze` remembers of an engine: parcels of tensors that do not train now, and every tensor's
-    hyper-parameters (its group's, without "params") and the number of its group at the first refreeze."""
+    hyper-parameters (its group's, without "params"), who was given a learning rate of their own, and the number of the
+    group that each had at the first refreeze."""
 
     parked: list[Parcel] = field(default_factory=list)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    own_rates: set[str] = field(default_factory=set)
     origin: dict[str, int] = field(default_factory=dict)
     dims: dict[str, int] = field(default_factory=dict)
 
@@ -51,12 +62,12 @@ class Ledger:
         of as many dimensions (a gain follows gains); any."""
         if name in self.settings:
             return name
-        alike = (other for other in self.settings if _NUMBER.sub(".#.", other) == _NUMBER.sub(".#.", name))
+        alike = (other for other in self.settings if _NUMBER.sub("#", other) == _NUMBER.sub("#", name))
         shaped = (other for other in self.settings if self.dims[other] == self.dims[name])
         return next(alike, None) or next(shaped, None) or next(iter(self.settings))
 
 
-_NUMBER = re.compile(r"\.\d+\.")
+_NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")
 
 
 def ledger_of(engine: Any) -> Ledger:
@@ -93,9 +104,11 @@ def refreeze(
     engine or a DeepSpeed version that it does not know. A DeepSpeed learning-rate scheduler goes on with the new groups;
     a wrapper that holds `engine.optimizer` (accelerate's) must be pointed at the new one.
     """
-    names = _checked(engine, list(trainable), state, drop_master, method)
-    if set(names) != set(live_names(engine)):
-        engine = _change(engine, names, state, drop_master=drop_master, settings=settings or {}, method=method)
+    wanted = [trainable] if isinstance(trainable, str) else list(trainable)
+    settings = {name: dict(own) for name, own in (settings or {}).items()}
+    names = _checked(engine, wanted, state, drop_master, settings, method)
+    if settings or set(names) != set(live_names(engine)):
+        engine = _change(engine, names, state, drop_master=drop_master, settings=settings, method=method)
     return engine
 
 
@@ -117,10 +130,12 @@ def park_loaded(engine: Any, parcels: Iterable[Parcel]) -> None:
 # -- checks --------------------------------------------------------------------------------------------------------
 
 
-def _checked(engine: Any, trainable: Sequence[str], state: str, drop_master: bool, method: str) -> list[str]:
+def _checked(
+    engine: Any, trainable: Sequence[str], state: str, drop_master: bool, settings: Mapping[str, Any], method: str
+) -> list[str]:
     """The names in the module's order; UserError on every rank unless all ranks ask for the same, possible thing."""
-    problem = _problem(engine, trainable, state, drop_master, method)
-    wish = "\n".join([*sorted(trainable), state, str(drop_master), method])
+    problem = _problem(engine, trainable, state, drop_master, settings, method)
+    wish = repr((sorted(map(str, trainable)), state, drop_master, _in_order(settings), method))
     answers: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(answers, (problem, hashlib.sha256(wish.encode()).hexdigest()[:12]))
     for rank, (told, _) in enumerate(answers):
@@ -129,15 +144,23 @@ def _checked(engine: Any, trainable: Sequence[str], state: str, drop_master: boo
     odd = [rank for rank, (_, digest) in enumerate(answers) if digest != answers[0][1]]
     if odd:
         raise UserError(
-            f"The ranks disagree about which tensors train: rank {odd[0]} asked for another set or rule than rank 0. "
+            f"The ranks disagree about which tensors train: rank {odd[0]} asked for another set, rule or settings than rank 0. "
             "Draw the set on rank 0 and broadcast it, or seed the draw by (seed, step) alike on every rank."
         )
     chosen = set(trainable)
     return [name for name, _ in engine.module.named_parameters() if name in chosen]
 
 
-def _problem(engine: Any, trainable: Sequence[str], state: str, drop_master: bool, method: str) -> str:
+def _in_order(settings: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+    return sorted((name, sorted(own.items())) for name, own in settings.items())
+
+
+def _problem(
+    engine: Any, trainable: Sequence[str], state: str, drop_master: bool, settings: Mapping[str, Any], method: str
+) -> str:
     """What is wrong with the call on this rank; empty when nothing is."""
+    if not hasattr(engine, "zero_optimization_stage"):
+        return f"refreeze takes the engine that deepspeed.initialize returned, not a {type(engine).__name__}."
     if state not in get_args(StateRule) or method not in get_args(Method):
         return (
             f"state is {state!r} and method {method!r}; state is one of {', '.join(get_args(StateRule))}, method one of "
@@ -153,18 +176,25 @@ def _problem(engine: Any, trainable: Sequence[str], state: str, drop_master: boo
     refused = next(unsupported(engine), None)
     if refused:
         return f"{refused}."
+    unreadable = unreadable_names(engine)
+    if unreadable:
+        return f"This DeepSpeed has no {unreadable[0]}, where masters lie. Install one of {' to '.join(TESTED)}."
     lacking = missing_names(engine) if method == "in_place" else []
     if lacking:
         return f"This DeepSpeed has no {lacking[0]}, which a change in place needs. Use method='auto' or 'anew'."
-    return _set_problem(engine, trainable) or _timing_problem(engine)
+    return _set_problem(engine, trainable) or _settings_problem(engine, settings) or _timing_problem(engine)
 
 
 def _set_problem(engine: Any, trainable: Sequence[str]) -> str:
     if not trainable:
         return "Nothing to train: the set is empty. Name at least one tensor, or stop training."
+    return _name_problem(engine, trainable)
+
+
+def _name_problem(engine: Any, names: Iterable[str]) -> str:
     known = dict(engine.module.named_parameters())
     everything = dict(engine.module.named_parameters(remove_duplicate=False))
-    for name in trainable:
+    for name in names:
         if name in everything and name not in known:
             first = next(n for n, p in known.items() if p is everything[name])
             return f"'{name}' is tied to '{first}': they are one tensor. Name '{first}'."
@@ -173,12 +203,22 @@ def _set_problem(engine: Any, trainable: Sequence[str]) -> str:
     return ""
 
 
+def _settings_problem(engine: Any, settings: Mapping[str, Mapping[str, Any]]) -> str:
+    known = {**engine.basic_optimizer.defaults, **engine.basic_optimizer.param_groups[0]}
+    if getattr(engine, "lr_scheduler", None) is not None and any("lr" in own for own in settings.values()):
+        return "settings name an lr, which the engine's scheduler would overwrite. Leave out one of the two."
+    for name, own in settings.items():
+        odd = next((key for key in own if key not in known), None)
+        if odd is not None:
+            return f"settings of '{name}': the optimizer has no '{odd}'.{did_you_mean(odd, known)}"
+    return _name_problem(engine, settings)
+
+
 def _timing_problem(engine: Any) -> str:
-    steps = engine.gradient_accumulation_steps()
-    if engine.micro_steps % steps or holds_gradients(engine):
+    if holds_gradients(engine):
         return (
-            f"{engine.micro_steps % steps or steps} of {steps} micro-steps are accumulated and not yet stepped: their "
-            "gradients would be lost. Call refreeze after engine.step() has made the optimizer step."
+            "Gradients are accumulated and not yet stepped: they would be lost. Call refreeze after engine.step() has "
+            "made the optimizer step."
         )
     return ""
 
@@ -200,12 +240,12 @@ def _change(
     _remember(engine, ledger, settings or {})
     pool = [*ledger.parked, *_live_parcels(engine)]
     counts = {name: parcel.step for parcel in pool for name in parcel.flat.names}
-    groups, origins = _groups(engine, names, ledger, {**counts, **(steps or {})})
+    groups, origins, returning = _groups(engine, names, ledger, {**counts, **(steps or {})})
     anew = method == "anew" or (method == "auto" and _lacks_names(engine))
     masters = read_masters(engine) if anew else {}
     engine = rebuild_anew(engine, groups) if anew else rebuild_in_place(engine, groups)
     engine._dsfreeze_ledger = ledger
-    follow_groups(engine, origins)
+    follow_groups(engine, origins, returning)
     ledger.parked = _settle(engine, pool, rule, drop_master=drop_master, with_masters=not masters)
     write_masters(engine, masters)
     _relink(engine)
@@ -236,22 +276,29 @@ def _live_parcels(engine: Any) -> list[Parcel]:
 
 
 def _remember(engine: Any, ledger: Ledger, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Note the hyper-parameters of what trains now; those that are away follow their first group's learning rate."""
+    """Note the hyper-parameters of what trains now; those that are away follow the learning rate of their first group
+    where it has one, except those that were given their own."""
     groups = engine.basic_optimizer.param_groups
-    first, rates = not ledger.origin, {}
+    first, live = not ledger.origin, set()
+    rates: dict[int, set[float]] = {}
     for flat, number in zip(flats_of(engine, *_place()), group_numbers(engine), strict=True):
         for name in flat.names:
             ledger.settings[name] = {key: value for key, value in groups[number].items() if key != "params"}
             if first:
                 ledger.origin[name] = number
-            rates[ledger.origin[name]] = groups[number].get("lr")
-    for name, own in ledger.settings.items():
-        if ledger.origin[name] in rates:
-            own["lr"] = rates[ledger.origin[name]]
+            live.add(name)
+            if name not in ledger.own_rates:
+                rates.setdefault(ledger.origin[name], set()).add(groups[number]["lr"])
+    for name in ledger.settings.keys() - live - ledger.own_rates:
+        now = rates.get(ledger.origin[name], set())
+        if len(now) == 1:
+            ledger.settings[name]["lr"] = next(iter(now))
     for name, own in settings.items():
         model = ledger.model_of(name)
         ledger.origin.setdefault(name, ledger.origin[model])
         ledger.settings[name] = {**ledger.settings[model], **own}
+        if "lr" in own:
+            ledger.own_rates.add(name)
 
 
 def layer_of(name: str) -> str:
@@ -262,11 +309,13 @@ def layer_of(name: str) -> str:
 
 def _groups(
     engine: Any, names: Sequence[str], ledger: Ledger, steps: Mapping[str, float | None]
-) -> tuple[list[dict[str, Any]], list[int]]:
-    """Parameter groups in the module's order, and for each the number of the group that it had at first."""
-    parameters = dict(engine.module.named_parameters())
+) -> tuple[list[dict[str, Any]], list[int], list[bool]]:
+    """Parameter groups in the module's order; for each, the number of the group that it had at first, and whether none
+    of it trains until now."""
+    parameters, live = dict(engine.module.named_parameters()), set(live_names(engine))
     groups: dict[tuple[str, str, float | None], dict[str, Any]] = {}
     origins: dict[tuple[str, str, float | None], int] = {}
+    returning: dict[tuple[str, str, float | None], bool] = {}
     for name in names:
         model = ledger.model_of(name)
         settings = ledger.settings[model]
@@ -274,7 +323,8 @@ def _groups(
         key = (settings.get("layer") or layer_of(name), repr(sorted(settings.items())), steps.get(name))
         groups.setdefault(key, {**settings, "params": []})["params"].append(parameters[name])
         origins.setdefault(key, ledger.origin[name])
-    return list(groups.values()), list(origins.values())
+        returning[key] = returning.get(key, True) and name not in live
+    return list(groups.values()), list(origins.values()), list(returning.values())
 
 
 def _settle(engine: Any, pool: list[Parcel], rule: StateRule, *, drop_master: bool, with_masters: bool) -> list[Parcel]:
@@ -308,6 +358,19 @@ def _settle(engine: Any, pool: list[Parcel], rule: StateRule, *, drop_master: bo
 def _relink(engine: Any) -> None:
     """Stages 1 and 2: let DeepSpeed's own readers (`safe_get_*`) see the shares that were put back."""
     wrapper = engine.optimizer
-    if hasattr(wrapper, "_hp_optimizer_states_linked"):
+    if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
         wrapper._link_all_hp_params()
-        wrapper._hp_optimizer_states_linked = False
+        # DeepSpeed links once, when its first group has stepped: the others' state would stay unseen
+        wrapper._lazy_init_hp_params_optimizer_state = partial(_link_states, weakref.proxy(wrapper), set())
+        wrapper._lazy_init_hp_params_optimizer_state()
+
+
+def _link_states(wrapper: Any, linked: set[int]) -> None:
+    """Show the optimizer's state to the parameters of every group that has got one since the last call."""
+    from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
+
+    state = wrapper.optimizer.state
+    for number, master in enumerate(wrapper.single_partition_of_fp32_groups):
+        if number not in linked and state.get(master):
+            lazy_init_hp_params_optimizer_state(wrapper.bit16_groups[number], master, state)
+            linked.add(number)

@@ -6,43 +6,59 @@ WarmupLR family leaves new groups at a stale rate. Our own loop uses none: it wr
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
-#: Attributes that hold one value per parameter group.
-PER_GROUP = ("base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "delta_lrs", "org_lrs", "eta_mins")
+from torch.optim.lr_scheduler import LambdaLR
+
+#: Attributes that may hold one value per parameter group.
+PER_GROUP = (
+    "base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "delta_lrs", "org_lrs", "min_lr", "min_moms", "max_moms",
+    "base_momentums", "max_momentums",
+)  # fmt: skip
 _FIRST = "_dsfreeze_first_groups"
 
 
-def follow_groups(engine: Any, origins: Sequence[int]) -> None:
+def follow_groups(engine: Any, origins: Sequence[int], returning: Sequence[bool]) -> None:
     """Stretch the lists of the engine's scheduler, if it has one, to the new groups.
 
     origins: for each group of the optimizer now, the number of the group that its tensors had when the scheduler was
-    made. A group that was away takes the rate of now, where the scheduler can tell it.
+    made. returning: whether they did not train until now; such a group takes the rate of now, where the scheduler can
+    tell it.
     """
     scheduler = getattr(engine, "lr_scheduler", None)
     if scheduler is None:
         return
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
+    _stretch(scheduler, origins)
+    groups = engine.basic_optimizer.param_groups
+    for group, rate, back in zip(groups, _rates_now(scheduler) or [None] * len(groups), returning, strict=True):
+        if back and rate is not None:
+            group["lr"] = rate
+    if hasattr(scheduler, "_last_lr"):
+        scheduler._last_lr = [group["lr"] for group in groups]
+
+
+def _stretch(scheduler: Any, origins: Sequence[int]) -> None:
+    for inner in getattr(scheduler, "_schedulers", ()):  # SequentialLR, ChainedScheduler
+        _stretch(inner, origins)
     if not hasattr(scheduler, _FIRST):
-        count = max(len(value) for name in PER_GROUP if isinstance(value := getattr(scheduler, name, None), list))
-        lists = {name: list(value) for name in PER_GROUP if isinstance(value := getattr(scheduler, name, None), list)}
-        setattr(scheduler, _FIRST, {name: value for name, value in lists.items() if len(value) == count})
+        lists = {name: list(v) for name in PER_GROUP if isinstance(v := getattr(scheduler, name, None), list | tuple)}
+        setattr(scheduler, _FIRST, lists)
     for name, first in getattr(scheduler, _FIRST).items():
         setattr(scheduler, name, [first[origin] for origin in origins])
-    for group, rate in zip(engine.basic_optimizer.param_groups, _rates_now(scheduler), strict=False):
-        group["lr"] = rate
-    if hasattr(scheduler, "_last_lr"):
-        scheduler._last_lr = [group["lr"] for group in engine.basic_optimizer.param_groups]
 
 
-def _rates_now(scheduler: Any) -> list[float]:
-    """The rates of all groups, for schedulers whose `get_lr` is a function of the step alone."""
-    if hasattr(scheduler, "lr_lambdas"):
-        return [
-            base * factor(scheduler.last_epoch)
-            for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-        ]
-    if hasattr(scheduler, "last_batch_iteration") and hasattr(scheduler, "min_lrs"):
+def _rates_now(scheduler: Any) -> Sequence[float | None]:
+    """The rates of all groups, for schedulers that know them as a function of the step; [] for others."""
+    if hasattr(scheduler, "_milestones"):  # SequentialLR
+        return _rates_now(scheduler._schedulers[bisect_right(scheduler._milestones, scheduler.last_epoch)])
+    if isinstance(scheduler, LambdaLR):
+        rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        return [base * factor(scheduler.last_epoch) for base, factor in rates]
+    if hasattr(scheduler, "_get_closed_form_lr"):
+        return list(scheduler._get_closed_form_lr())
+    if hasattr(scheduler, "last_batch_iteration"):  # DeepSpeed's
         return list(scheduler.get_lr())
     return []

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from packaging.version import Version
 
 from dsfreeze.errors import UserError
@@ -17,16 +18,26 @@ from dsfreeze.errors import UserError
 #: First and last DeepSpeed version that the distributed tests were run with.
 TESTED = ("0.19.6", "0.19.8")
 
-#: Private names that changing the set in place leans on, by the stage at which they are needed.
-ENGINE_NAMES = ("basic_optimizer", "param_names", "micro_steps", "_backward_post_hook", "_support_torch_style_backward")
-WRAPPER_NAMES: dict[int, tuple[str, ...]] = {
+#: Private names of the wrapper, by stage, that tell where masters and gradients lie: nothing goes without them.
+READ_NAMES: dict[int, tuple[str, ...]] = {
     0: (),
-    1: ("bit16_groups", "single_partition_of_fp32_groups", "averaged_gradients", "_link_all_hp_params", "destroy"),
+    1: (
+        "bit16_groups", "single_partition_of_fp32_groups", "round_robin_bit16_groups", "round_robin_bit16_offsets",
+        "micro_step_id",
+    ),
     3: (
-        "fp16_groups", "fp32_partitioned_groups_flat", "sub_group_to_group_id", "averaged_gradients", "ipg_buckets",
-        "parameter_offload", "initialize_ds_offload", "_grad_acc_hooks", "_leaf_module_hooks",
+        "fp16_groups", "fp32_partitioned_groups_flat", "sub_group_to_group_id", "micro_step_id",
+        "_epilogue_ran_this_backward",
     ),
 }  # fmt: skip
+READ_NAMES[2] = READ_NAMES[1]
+#: Further private names that changing the set in place leans on.
+ENGINE_NAMES = ("_backward_post_hook", "_support_torch_style_backward")
+WRAPPER_NAMES: dict[int, tuple[str, ...]] = {
+    0: (),
+    1: ("_link_all_hp_params", "_lazy_init_hp_params_optimizer_state", "destroy"),
+    3: ("ipg_buckets", "parameter_offload", "initialize_ds_offload", "_grad_acc_hooks", "_leaf_module_hooks"),
+}
 WRAPPER_NAMES[2] = WRAPPER_NAMES[1]
 
 
@@ -41,6 +52,14 @@ def require_tested_version() -> None:
             f"DeepSpeed {deepspeed.__version__} is installed, and dsfreeze reads private parts of DeepSpeed that were "
             f"tested from {TESTED[0]} to {TESTED[1]}. Install one of those: pip install deepspeed=={TESTED[1]}."
         )
+
+
+def unreadable_names(engine: Any) -> list[str]:
+    """Private names without which masters cannot be found; none in the tested versions."""
+    lacking = [] if hasattr(engine, "param_names") else ["param_names"]
+    return lacking + [
+        name for name in READ_NAMES[engine.zero_optimization_stage()] if not hasattr(engine.optimizer, name)
+    ]
 
 
 def missing_names(engine: Any) -> list[str]:
@@ -79,15 +98,28 @@ def _class_is(*names: str) -> Callable[[Any], bool]:
     return lambda engine: type(engine.optimizer).__name__ in names
 
 
-def _steps_flat(engine: Any) -> bool:
+def _optimizer_is_unknown(engine: Any) -> bool:
     return type(engine.basic_optimizer).__name__ not in ("Adam", "AdamW", "SGD", "DeepSpeedCPUAdam", "FusedAdam")
 
 
-#: (whether an engine has the feature, its name, why it is refused)
+def _counts_one_step_per_group(engine: Any) -> bool:
+    return engine.optimizer is engine.basic_optimizer and type(engine.optimizer).__name__ == "FusedAdam"
+
+
+def _splits_models(engine: Any) -> bool:
+    return engine.mpu is not None or getattr(engine, "dp_world_size", 1) != dist.get_world_size()
+
+
+#: (whether an engine has the feature, its name, why it is refused); the first that applies is told
 UNSUPPORTED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
+    (lambda e: getattr(e, "basic_optimizer", None) is None, "an engine without an optimizer", "nothing trains"),
     (lambda e: type(e).__name__ == "PipelineEngine", "pipeline parallelism", "its stages hold different layers"),
     (_asked("has_moe_layers"), "MoE expert groups", "experts are sharded over groups of their own"),
+    (_splits_models, "tensor or sequence parallelism", "a tensor's shards are not one per rank"),
     (_asked("fp16_enabled"), "fp16", "its loss scaling counts skipped steps per wrapper; use bf16"),
+    (_asked("torch_autocast_enabled"), "torch_autocast", "it is untested here; use bf16"),
+    (_asked("bf16_master_weights_and_gradients"), "bf16_master_weights_and_grads", "there is no fp32 master to carry"),
+    (_class_is("MiCS_Optimizer"), "MiCS", "it shards over groups of ranks"),
     (_zero("zero_quantized_weights"), "ZeRO++ quantized weights", "a frozen tensor would be stored rounded"),
     (_zero("zero_quantized_nontrainable_weights"), "quantized frozen weights", "they could not be thawed again"),
     (_zero("zero_quantized_gradients"), "ZeRO++ quantized gradients", "they are untested here"),
@@ -101,7 +133,9 @@ UNSUPPORTED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
      "it keeps a full fp32 gradient of every trained tensor; use stage 2, or drop the key"),
     (_class_is("FP16_Optimizer"), "stage 0 in bf16 with DeepSpeed's FusedAdam",
      'it flattens masters of its own; use torch\'s AdamW ("torch_adam": true)'),
-    (_steps_flat, "this optimizer", "only Adam, AdamW and SGD, of torch or DeepSpeed, are known to take slices"),
+    (_counts_one_step_per_group, "DeepSpeed's FusedAdam at stage 0",
+     "it counts the steps of one tensor of each group only; use torch's AdamW (\"torch_adam\": true)"),
+    (_optimizer_is_unknown, "the optimizer {optimizer}", "only Adam, AdamW and SGD, of torch or DeepSpeed, are known to take slices"),
     (lambda e: bool(getattr(e.optimizer, "offloaded_states", ())), "states put away by engine.offload_states",
      "they are elsewhere; call engine.reload_states first"),
 )  # fmt: skip
@@ -111,7 +145,8 @@ def unsupported(engine: Any) -> Iterator[str]:
     """A sentence for every feature of a live engine that `refreeze` cannot serve."""
     for has_it, name, reason in UNSUPPORTED:
         if has_it(engine):
-            yield f"{name} is not supported by refreeze: {reason}"
+            optimizer = type(getattr(engine, "basic_optimizer", None)).__name__
+            yield f"{name.format(optimizer=optimizer)} is not supported by refreeze: {reason}"
 
 
 def is_rounded(engine: Any) -> bool:

@@ -35,6 +35,7 @@ from dsfreeze.engine.process import agree, import_deepspeed
 from dsfreeze.engine.ranks import read_ranks
 from dsfreeze.engine.rebuild import close
 from dsfreeze.engine.refreeze import ledger_of, refreeze, regroup
+from dsfreeze.engine.support import require_tested_version
 from dsfreeze.errors import UserError
 from dsfreeze.recipe import Recipe
 
@@ -58,6 +59,7 @@ class ZeroEngine(BaseEngine):
 
     def _build(self) -> list[Flat]:
         self._refuse_full_gradients()
+        require_tested_version()
         self.optimizer = make_adamw(self.groups, self._named, self.recipe.train)
         deepspeed = import_deepspeed()
         if self.stage == 3:  # cut up parameter by parameter, straight from the host: no device ever holds the whole

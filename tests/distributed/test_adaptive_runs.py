@@ -12,6 +12,7 @@ from forks import run_ranks
 from test_train import losses, train, values
 from tiny_runs import tiny_recipe
 
+from dsfreeze.errors import UserError
 from dsfreeze.plan import FreezePlan
 from dsfreeze.record import read_record
 
@@ -89,3 +90,17 @@ def test_the_record_tells_every_plan(tmp_path):
         assert before.decide_at == line["step"]
     assert plans[-1].digest == summary["plan_digest"]
     assert [e["step"] for e in record.events if e["event"] == "phase"] == [p.first_step for p in plans[-1].phases[1:]]
+
+
+def test_another_rule_is_another_run(tmp_path):
+    """The plan so far is the same; what is still to be decided would not be."""
+    recipe = recipe_of(tmp_path, "autofreeze", save_strategy="steps", save_steps=4)
+    raw = values(recipe, "local", tmp_path / "run", ranks=1)
+    train(raw)
+    raw["freeze"]["percentile"] = 75
+    raw["train"] |= {
+        "resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-4"),
+        "output_dir": str(tmp_path / "on"),
+    }
+    with pytest.raises(UserError, match=r"freeze.percentile 50.*says 75.*another rule"):
+        train(raw)
