@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from dsfreeze.anatomy import Anatomy
     from dsfreeze.engine.refreeze import refreeze
     from dsfreeze.errors import UserError
+    from dsfreeze.integrations import attach
     from dsfreeze.loop import train
     from dsfreeze.plan import FreezePlan, Phase
     from dsfreeze.recipe import Recipe
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Anatomy", "FreezePlan", "Phase", "Recipe", "UserError", "__version__",
-    "load_recipe", "make_plan", "read_record", "refreeze", "train",
+    "attach", "load_recipe", "make_plan", "read_record", "refreeze", "train",
 ]  # fmt: skip
 
 _HOMES = {
     "Anatomy": "anatomy", "FreezePlan": "plan", "Phase": "plan", "Recipe": "recipe", "UserError": "errors",
-    "load_recipe": "recipe_reader", "make_plan": "strategies", "read_record": "record",
+    "attach": "integrations", "load_recipe": "recipe_reader", "make_plan": "strategies", "read_record": "record",
     "refreeze": "engine.refreeze", "train": "loop",
 }  # fmt: skip
 
