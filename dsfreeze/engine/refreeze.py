@@ -59,12 +59,13 @@ class Ledger:
 
     def model_of(self, name: str) -> str:
         """Of the tensors whose hyper-parameters are known, the one to follow: itself; its namesake in another layer; one
-        of as many dimensions (a gain follows gains); any."""
+        of as many dimensions (a gain follows gains); any. Those that were given a rate of their own come last."""
         if name in self.settings:
             return name
-        alike = (other for other in self.settings if _NUMBER.sub("#", other) == _NUMBER.sub("#", name))
-        shaped = (other for other in self.settings if self.dims[other] == self.dims[name])
-        return next(alike, None) or next(shaped, None) or next(iter(self.settings))
+        known = [other for other in self.settings if other not in self.own_rates] or list(self.settings)
+        alike = (other for other in known if _NUMBER.sub("#", other) == _NUMBER.sub("#", name))
+        shaped = (other for other in known if self.dims[other] == self.dims[name])
+        return next(alike, None) or next(shaped, None) or known[0]
 
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")
@@ -313,16 +314,18 @@ def _groups(
     """Parameter groups in the module's order; for each, the number of the group that it had at first, and whether none
     of it trains until now."""
     parameters, live = dict(engine.module.named_parameters()), set(live_names(engine))
-    groups: dict[tuple[str, str, float | None], dict[str, Any]] = {}
-    origins: dict[tuple[str, str, float | None], int] = {}
-    returning: dict[tuple[str, str, float | None], bool] = {}
+    scheduled = getattr(engine, "lr_scheduler", None) is not None
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    origins: dict[tuple[Any, ...], int] = {}
+    returning: dict[tuple[Any, ...], bool] = {}
     for name in names:
         model = ledger.model_of(name)
-        settings = ledger.settings[model]
-        ledger.origin.setdefault(name, ledger.origin[model])
+        settings, origin = ledger.settings[model], ledger.origin.setdefault(name, ledger.origin[model])
         key = (settings.get("layer") or layer_of(name), repr(sorted(settings.items())), steps.get(name))
+        # two groups may have one rate now (at the start of a warm-up) and, by their scheduler, two later
+        key = (*key, origin if scheduled else None)
         groups.setdefault(key, {**settings, "params": []})["params"].append(parameters[name])
-        origins.setdefault(key, ledger.origin[name])
+        origins.setdefault(key, origin)
         returning[key] = returning.get(key, True) and name not in live
     return list(groups.values()), list(origins.values()), list(returning.values())
 
