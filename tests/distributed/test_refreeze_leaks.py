@@ -21,7 +21,7 @@ from dsfreeze.engine.refreeze import refreeze
 
 #: whole layers, and a set that cuts through one
 CYCLE = [names_of(0, 1), names_of(2, also=("3.mlp.up", "lm_head")), names_of(3)]
-KINDS = ("Engine", "ZeroOptimizer", "Stage3", "Coordinator", "UnfusedOptimizer", "Offload")
+KINDS = ("DeepSpeedEngine", "ZeroOptimizer", "Stage3", "Coordinator", "UnfusedOptimizer", "Offload")
 RULES = ("keep", "clear", "offload")
 NUMEL = {n: p.numel() for n, p in tiny_llama().named_parameters()}
 
@@ -76,7 +76,7 @@ def test_a_hundred_refreezes_leak_nothing(zero, method, how_often, rule):
     """RSS: less than 6 MiB over 96 refreezes (upstream: 6 to 10 MiB each)."""
     for early, late, growth in run_ranks(cycles, zero, method, how_often, rule, timeout=280):
         assert late == early
-        assert late["Engine"] == 1
+        assert late["DeepSpeedEngine"] == 1
         assert growth < 6
 
 
