@@ -18,7 +18,7 @@ SHORT = (
 #: What the evaluation of each must hold.
 METRICS = {
     "rte": "accuracy", "conll2003": "entity_f1", "gsm8k": "exact_match", "wikitext2": "perplexity", "multi30k": "bleu",
-    "lora": "accuracy",
+    "lora": "accuracy", "lisa": "accuracy",
 }  # fmt: skip
 
 
@@ -34,6 +34,8 @@ def test_a_shipped_recipe_runs(name, tmp_path, monkeypatch):
     more = [f"train.output_dir={tmp_path / 'run'}"]
     if name in ("gsm8k", "multi30k"):
         more.append("data.max_new_tokens=4")
+    if name == "lisa":
+        more.append("freeze.switch_every=1")
     if name == "multi30k":
         more.append(f"model={t5_folder(tmp_path / 't5')}")
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", [*SHORT, *more])
@@ -44,3 +46,4 @@ def test_a_shipped_recipe_runs(name, tmp_path, monkeypatch):
     assert [line["step"] for line in record.steps] == [1, 2]
     assert all(math.isfinite(line["loss"]) for line in record.steps)
     assert METRICS[name] in summary["metrics"]["after"]
+    assert summary["switches"] == (name == "lisa")

@@ -14,9 +14,11 @@ import pytest
 import yaml
 from forks import _free_port
 from launch_kit import ctrl_c_obeyed, fake_venv, left_of, nobody_outlives
+from test_train import losses, train, values
 from tiny_runs import tiny_recipe
 
 from dsfreeze.checkpoint import find_checkpoint
+from dsfreeze.recipe_reader import load_recipe
 from dsfreeze.record import read_record
 
 ROOT = Path(__file__).parents[2]
@@ -51,13 +53,18 @@ def launch_sh(folder: Path) -> tuple[list[str], dict[str, str]]:
     )
 
 
-def recipe_file(folder: Path, **train: object) -> Path:
-    recipe = tiny_recipe(
-        folder, zero="zero2", train={"max_steps": 4, "export": False, "per_device_train_batch_size": 2, **train}
-    )
+def recipe_file(folder: Path, *, zero: str = "zero2", freeze: dict | None = None, **train: object) -> Path:
+    train = {"max_steps": 4, "export": False, "per_device_train_batch_size": 2, **train}
+    recipe = tiny_recipe(folder, zero=zero, freeze=freeze or {}, train=train)
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     return file
+
+
+def deepspeed_train(file: Path, *words: str) -> list[str]:
+    """Two ranks under DeepSpeed's launcher."""
+    return [PYTHON, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(_free_port()),
+            "--module", "dsfreeze", "train", str(file), *words]  # fmt: skip
 
 
 def test_every_launcher_gives_the_same_losses(tmp_path):
@@ -84,8 +91,7 @@ def test_every_launcher_gives_the_same_losses(tmp_path):
 
 def test_a_mistake_is_an_error_on_every_rank_and_the_launcher_fails(tmp_path):
     file = recipe_file(tmp_path)
-    command = [PYTHON, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(_free_port())]
-    done = launch([*command, "--module", "dsfreeze", "train", str(file), "data.label=labell"], tmp_path)
+    done = launch(deepspeed_train(file, "data.label=labell"), tmp_path)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr.replace('Traceback (most recent call last):\n  File "<frozen runpy>"', "")
     assert "labell" in done.stderr
@@ -98,10 +104,7 @@ def test_a_stale_lock_of_a_killed_compilation_does_not_hang_a_launch(tmp_path):
         for folder in (tmp_path / "extensions" / op, tmp_path / "extensions" / "py311_cpu" / op):
             folder.mkdir(parents=True)
             (folder / "lock").touch()
-    command = [PYTHON, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(_free_port())]
-    done = launch(
-        [*command, "--module", "dsfreeze", "train", str(file), f"train.output_dir={tmp_path / 'out'}"], tmp_path
-    )
+    done = launch(deepspeed_train(file, f"train.output_dir={tmp_path / 'out'}"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "lock" in done.stderr
 
@@ -115,6 +118,13 @@ def test_launches_of_launch_sh_leave_no_process_and_no_lock(tmp_path):
         assert done.returncode == 0, done.stderr
         assert left_of(tmp_path, seconds=2) == []
         assert list((tmp_path / "extensions").rglob("lock")) == []
+
+
+def wait_for_steps(run: Path, number: int) -> None:
+    """Return when the run has made so many steps, or none of them in time."""
+    steps, deadline = run / "steps.jsonl", time.monotonic() + 120
+    while not (steps.exists() and steps.read_text().count("\n") >= number) and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def the_process(launched: psutil.Process) -> None:
@@ -145,13 +155,55 @@ def test_a_signal_to_launch_sh_ends_it_after_the_checkpoint(tmp_path, stop, code
             [*command, str(file)], cwd=ROOT, env=surroundings(tmp_path) | environment, stdin=subprocess.DEVNULL,
             stdout=(tmp_path / "log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-    steps, deadline = tmp_path / "run" / "steps.jsonl", time.monotonic() + 120
     with nobody_outlives(tmp_path):
-        while not (steps.exists() and steps.read_text().count("\n") > 2) and time.monotonic() < deadline:
-            time.sleep(0.2)
+        wait_for_steps(tmp_path / "run", 3)
         stop(launched)
         ended, left = launched.wait(90), left_of(tmp_path)
     assert (ended, left) == (code, []), (tmp_path / "log").read_text()
     found = find_checkpoint(tmp_path / "run", True)
     assert found.step == len(read_record(tmp_path / "run").steps)
     assert found.state()
+
+
+#: a plan that is known beforehand, and one decided at step 4 from what the run measured
+MOVING = {
+    "zero3": {"strategy": "lisa", "active_layers": 1, "switch_every": 3},
+    "zero2": {"strategy": "adt_l", "fraction": 0.5, "track_steps": 4},
+}
+
+
+@pytest.mark.parametrize("zero", MOVING)
+def test_a_moving_plan_under_the_launcher(tmp_path, zero):
+    """Oracle: the local engine in this process, on the same global batch."""
+    options = {"max_steps": 8, "adam_epsilon": 1e-2, "per_device_train_batch_size": 4}
+    file = recipe_file(tmp_path, freeze={"fraction": None, **MOVING[zero]}, zero=zero, **options)
+    local = train(values(load_recipe(file), "local", tmp_path / "local", ranks=1))
+    words = ["train.per_device_train_batch_size=2", f"train.output_dir={tmp_path / zero}"]
+    done = launch(deepspeed_train(file, *words), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / zero) == pytest.approx(losses(tmp_path / "local"), abs=1e-5)
+    summary = read_record(tmp_path / zero).summary
+    assert summary["switches"] == local["switches"] > 0
+    assert summary["plan_digest"] == local["plan_digest"]
+
+
+def test_a_moving_run_stopped_by_a_signal_goes_on_as_if_it_had_not_been(tmp_path):
+    """SIGTERM some steps into the second phase, then the same command with resume. Oracle: the uninterrupted local run."""
+    freeze = {"fraction": None, "strategy": "lisa", "active_layers": 1, "switch_every": 40, "state": "offload"}
+    options = {"max_steps": 160, "adam_epsilon": 1e-2, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
+    file = recipe_file(tmp_path, freeze=freeze, **options)
+    words = ["train.per_device_train_batch_size=2"]
+    launched = psutil.Popen(
+        deepspeed_train(file, *words), cwd=ROOT, env=surroundings(tmp_path), stdin=subprocess.DEVNULL,
+        stdout=(tmp_path / "log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    with nobody_outlives(tmp_path):
+        wait_for_steps(tmp_path / "run", 45)
+        its_group(launched)
+        assert launched.wait(90) != 0, (tmp_path / "log").read_text()
+    stopped = find_checkpoint(tmp_path / "run", True).step
+    assert 45 <= stopped < 160, "it was stopped on its way"
+    done = launch(deepspeed_train(file, *words, "train.resume_from_checkpoint=true"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    train(values(load_recipe(file), "local", tmp_path / "local", ranks=1))
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "local"), abs=1e-5)
