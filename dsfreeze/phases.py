@@ -38,7 +38,7 @@ class Phases:
         self.switches = 0
         #: What deciding took: bytes of the device at the most until the last decision, and of copies in host memory.
         self.selection: dict[str, Any] = {"decisions": 0, "seconds": 0.0, "peak": 0, "host_bytes": 0}
-        self._looked = 0
+        self._looked = self._started = 0
         #: Tensors that have trained and not moved so far.
         self.still: tuple[str, ...] = ()
 
@@ -51,13 +51,14 @@ class Phases:
             self.tracker.start(engine)
         self.phase = self.job.plan.phase_at(max(0, step - 1))
         engine.enter(self.phase)
-        self._looked = step
+        self._looked = self._started = step
 
     def enter(self, engine: Engine, step: int) -> Phase:
         """The phase of `step`, entered (collective). The one that ended is looked at first."""
         phase = self.job.plan.phase_at(step)
         if self.phase is not None and phase.trainable != self.phase.trainable:
-            self.look(engine, step, frozen=step - self._looked >= FIRST_LOOK)
+            if step > self._started:  # resumed at a boundary: here, the phase that ended made no step
+                self.look(engine, step, frozen=step - self._looked >= FIRST_LOOK)
             began = time.perf_counter()
             engine.enter(phase)
             self._tell(phase, step, time.perf_counter() - began)
