@@ -1,7 +1,8 @@
 """Every strategy at every stage, with offload, with gradient checkpointing, stopped and resumed: docs/compatibility.*
 
 Oracle of a cell: the losses of the local engine's uninterrupted run on the same global batch, in fp32, to 1e-5. Its answer
-is "yes", or the reason of a UserError; nothing else passes. The docs say what this test found: it is held to them.
+is "yes", or the reason of a UserError; nothing else passes. The docs say what this test found with --write-compatibility;
+without, it runs a third of the cells of every strategy and is held to the docs.
 """
 
 from __future__ import annotations
@@ -123,6 +124,12 @@ def answers(folder: Path, layout: str, checkpointing: str, ended: list[Ran], loc
     return found
 
 
+def sample(strategy: str, layouts: list[str]) -> list[str]:
+    """A third of the layouts, others for the next strategy: all of them take minutes, and run when the file is written."""
+    first = 2 * list(STRATEGIES).index(strategy)
+    return [layouts[first % len(layouts)], layouts[(first + 3) % len(layouts)]]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -132,7 +139,9 @@ def test_a_strategy_everywhere(strategy, tmp_path, request):
     local = alone[0].summary
     assert (local["switches"] > 0) == (strategy in MOVING)
     assert local["never_moved"] == []
+    writes = request.config.getoption("--write-compatibility")
     layouts = [layout for layout in LAYOUTS if layout != "local"]
+    layouts = layouts if writes else sample(strategy, layouts)
     runs = [raw for layout in layouts for raw in runs_of(recipe, tmp_path, layout)]
     ended, other = run_ranks(attempt_all, runs, timeout=300)
     assert ended == other, "the ranks tell the same"
@@ -141,10 +150,11 @@ def test_a_strategy_everywhere(strategy, tmp_path, request):
     for layout in ("local", *layouts):
         for setting in CHECKPOINTING:
             found[setting][layout] = answers(tmp_path, layout, setting, [next(ended), next(ended)], local)
-    if request.config.getoption("--write-compatibility"):
+    if writes:
         versions = {name: version(name) for name in ("torch", "deepspeed", "transformers")}
         compatibility.record(strategy, found, {"versions": versions, "steps": STEPS, "resumed_at": RESUMED_AT})
-    assert found == compatibility.read()["outcomes"][strategy]
+    told = compatibility.read()["outcomes"][strategy]
+    assert found == {setting: {layout: told[setting][layout] for layout in ("local", *layouts)} for setting in told}
     shutil.rmtree(tmp_path)
 
 
