@@ -108,7 +108,7 @@ def save(
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        _write(aside, step, state, plan, first_plan or plan, base, trainer_state)
+        write_files(aside, step, state, plan, first_plan or plan, base, trainer_state)
         if final.exists() and not _is_ours(final):
             warnings.warn(f"{final} is no checkpoint of dsfreeze; it is now {_set_aside(final)}.", stacklevel=2)
         _swap(aside, final)
@@ -134,7 +134,7 @@ def _swap(aside: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write(
+def write_files(
     folder: Path,
     step: int,
     state: Mapping[str, TensorState],
@@ -143,6 +143,7 @@ def _write(
     base: Base,
     trainer_state: Mapping[str, Any],
 ) -> None:
+    """Write a checkpoint's files into `folder` and sync them, the manifest last; errors are the caller's to word."""
     save_file({name: entry["weight"].contiguous() for name, entry in state.items()}, folder / WEIGHTS)
     moments = {
         f"{name}/{kind}": value.contiguous()

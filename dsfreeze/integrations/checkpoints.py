@@ -70,7 +70,7 @@ class Checkpoints:
         step = self.trainer.state.global_step
         trainer_state = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
         try:
-            portable._write(folder, step, state, self.plan, self.plan, self.base, trainer_state)
+            portable.write_files(folder, step, state, self.plan, self.plan, self.base, trainer_state)
         except OSError as error:
             raise UserError(
                 f"Could not write {folder}: {error}. Earlier checkpoints are intact; free disk space, or set output_dir to "
