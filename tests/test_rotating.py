@@ -286,7 +286,7 @@ def test_nothing_left_in_a_phase():
         (["freeze.strategy=lisa", "freeze.granularity=category"], "layer or matrix"),
         (["freeze.strategy=owlore"], "needs freeze.scores"),
         (["freeze.strategy=badam", "freeze.drop_master=true", "freeze.state=keep"], "write state: clear"),
-        (["freeze.strategy=hift", "freeze.drop_master=true", "train.max_steps=9"], "'offload' by default"),
+        (["freeze.strategy=hift", "freeze.drop_master=true", "train.max_steps=9"], "'offload' here"),
         (["freeze.strategy=sweep", "freeze.order=random"], "slides its window"),
         (["freeze.strategy=bottom", "freeze.active_layers=2"], "does not read it"),
         (["freeze.strategy=freezeout", "freeze.state=keep"], "does not read it"),

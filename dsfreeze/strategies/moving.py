@@ -60,20 +60,25 @@ def shared_out(options: FreezeOptions, num_steps: int, parts: int, what: str) ->
     return [(first, after - first) for first, after in pairwise(starts)]
 
 
+def state_rule(options: FreezeOptions, own: StateRule) -> StateRule:
+    """freeze.state, or the method's own rule; UserError when freeze.drop_master does not go with it."""
+    rule: StateRule = own if options.state == "auto" else options.state
+    if options.drop_master and rule != "clear":
+        raise UserError(
+            f"freeze.drop_master goes with freeze.state 'clear'; strategy '{options.strategy}' has '{rule}' here. "
+            "Write both, or neither."
+        )
+    return rule
+
+
 def moving_plan(
     anatomy: Anatomy, options: FreezeOptions, stages: Sequence[Stage], notes: tuple[str, ...] = (), *,
     state: StateRule, pool: Sequence[Unit] = (),
 ) -> FreezePlan:  # fmt: skip
     """The plan of stages that may bring back what stopped; `state` is the method's own rule, which the options may override; all units of `pool`
     get adapters where adapters are asked for, whether or not their turn comes."""
-    rule: StateRule = state if options.state == "auto" else options.state
-    if options.drop_master and rule != "clear":
-        raise UserError(
-            f"freeze.drop_master goes with freeze.state 'clear'; strategy '{options.strategy}' has '{rule}' by default. "
-            "Write both, or neither."
-        )
     return build_plan(
-        anatomy, options, stages, notes, state=rule, drop_master=options.drop_master,
+        anatomy, options, stages, notes, state=state_rule(options, state), drop_master=options.drop_master,
         rewarmup_steps=options.rewarmup_steps,
         adaptable=frozenset(name for unit in pool for name in unit.tensors),
     )  # fmt: skip
@@ -81,8 +86,7 @@ def moving_plan(
 
 def unsettled(options: FreezeOptions, state: StateRule, shortest: int) -> tuple[str, ...]:
     """A note when state is cleared so often that Adam hardly leaves its first steps."""
-    rule = state if options.state == "auto" else options.state
-    if rule != "clear" or shortest >= SETTLED_AFTER:
+    if state_rule(options, state) != "clear" or shortest >= SETTLED_AFTER:
         return ()
     return (
         f"cleared state and {shortest} steps a turn: Adam's first steps after it are about lr * sign(gradient) on every "

@@ -15,6 +15,7 @@ from dsfreeze.recipe import FreezeOptions
 from dsfreeze.strategies.adapters import adapter_names, left_out, make_adapter
 from dsfreeze.strategies.ends import apply_options, auto_ends, describe_ends
 from dsfreeze.strategies.evidence import Evidence, Gradient, Measure, Revision
+from dsfreeze.strategies.moving import state_rule
 
 Memory = Mapping[str, Any]
 
@@ -94,12 +95,6 @@ def start(
             f"Strategy '{options.strategy}' can first change what trains after step {first}, and the run has only "
             f"{num_steps} steps. Lengthen it (train.max_steps), or lower {keys}."
         )
-    rule: StateRule = state if options.state == "auto" else options.state
-    if options.drop_master and rule != "clear":
-        raise UserError(
-            f"freeze.drop_master goes with freeze.state 'clear'; strategy '{options.strategy}' has '{rule}' here. "
-            "Write both, or neither."
-        )
     notes = describe_ends(ground.anatomy, frozenset(trainable))
     if options.adapter is not None:
         notes += left_out(ground.anatomy, options.adapter)
@@ -108,7 +103,7 @@ def start(
         (Phase(0, None, trainable),),
         ground.adapter,
         notes,
-        state=rule,
+        state=state_rule(options, state),
         drop_master=options.drop_master,
         rewarmup_steps=options.rewarmup_steps,
         decide_at=decide_at,
