@@ -42,10 +42,11 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         ("peak memory", gib(memory["peak"])),
     ]  # fmt: skip
     if summary["switches"]:
-        rows.append(("switches", f"{summary['switches']} in {summary['seconds_switching']:.2f} s; "
-                                 f"{gib(memory['parked'])} of state waits for its tensors' return"))  # fmt: skip
+        waits = f"; {gib(memory['parked'])} of state waits for its tensors' return" if memory["parked"] else ""
+        rows.append(("switches", f"{summary['switches']} in {summary['seconds_switching']:.2f} s{waits}"))
     if chosen := summary["selection"]:
-        rows.append(("selection", f"{chosen['decisions']} decisions in {chosen['seconds']:.2f} s, peak memory "
+        number = chosen["decisions"]
+        rows.append(("selection", f"{number} decision{'s' * (number > 1)} in {chosen['seconds']:.2f} s, peak memory "
                                   f"{gib(chosen['peak'])} until the last ({gib(chosen['peak_after'])} after it), "
                                   f"{gib(chosen['host_bytes'])} of copies in host memory"))  # fmt: skip
     for when, metrics in summary["metrics"].items():
