@@ -32,7 +32,7 @@ INTRODUCTION = """# What works with what
 
 Written from [compatibility.json](compatibility.json) by `python tests/compatibility.py`. That file is written by a test run alone
 (`pytest tests/distributed/test_compatibility.py --write-compatibility`), in which every cell ran; an ordinary run
-of that test repeats a third of the cells of every strategy, and is held to it.
+of that test repeats every strategy at one of the layouts, by turns, and is held to it.
 
 **yes**: on two gloo ranks (one process for `local`), on CPUs, in fp32, a run of {steps} steps of a tiny Llama had the losses of the
 uninterrupted run of plain PyTorch in one process to 1e-5; continued from its own checkpoint at step {resumed_at} it had them

@@ -31,6 +31,8 @@ PRELOADED = [
     "dsfreeze.engine.zero",
     "dsfreeze.engine.local",
     "dsfreeze.loop",
+    "transformers.trainer",
+    "accelerate",
     "sklearn.metrics",  # metrics import it when they are used: seconds again
 ]
 

@@ -30,6 +30,8 @@ from tiny import tiny_llama
 from dsfreeze.engine.process import import_deepspeed
 from dsfreeze.model import base_hash
 
+pytestmark = pytest.mark.slow
+
 
 def config_of(stage, **sections):
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 4096}

@@ -172,6 +172,7 @@ MOVING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", MOVING)
 def test_a_moving_plan_under_the_launcher(tmp_path, zero):
     """Oracle: the local engine in this process, on the same global batch."""
@@ -187,6 +188,7 @@ def test_a_moving_plan_under_the_launcher(tmp_path, zero):
     assert summary["plan_digest"] == local["plan_digest"]
 
 
+@pytest.mark.slow
 def test_a_moving_run_stopped_by_a_signal_goes_on_as_if_it_had_not_been(tmp_path):
     """SIGTERM some steps into the second phase, then the same command with resume. Oracle: the uninterrupted local run."""
     freeze = {"fraction": None, "strategy": "lisa", "active_layers": 1, "switch_every": 40, "state": "offload"}
@@ -201,6 +203,8 @@ def test_a_moving_run_stopped_by_a_signal_goes_on_as_if_it_had_not_been(tmp_path
         wait_for_steps(tmp_path / "run", 45)
         its_group(launched)
         assert launched.wait(90) != 0, (tmp_path / "log").read_text()
+        # the launcher goes at once; its ranks end their step and write the checkpoint
+        assert left_of(tmp_path, seconds=60) == []
     stopped = find_checkpoint(tmp_path / "run", True).step
     assert 45 <= stopped < 160, "it was stopped on its way"
     done = launch(deepspeed_train(file, *words, "train.resume_from_checkpoint=true"), tmp_path)

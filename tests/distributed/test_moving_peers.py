@@ -17,6 +17,8 @@ from dsfreeze.commands import export_folder
 from dsfreeze.recipe import Recipe
 from dsfreeze.record import read_record
 
+pytestmark = pytest.mark.slow
+
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 #: three phases, of steps 0-3, 4-7 and 8-11
 STEPS, EVERY = 12, 4

@@ -20,6 +20,8 @@ from dsfreeze.engine.process import process_group
 from dsfreeze.engine.refreeze import live_names, refreeze
 from dsfreeze.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 SMALL, LARGE = names_of(3, also=ENDS), names_of(2, 3, also=ENDS)
 
 

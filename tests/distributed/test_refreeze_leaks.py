@@ -19,6 +19,8 @@ from tiny import recipe_of, tiny_llama
 from dsfreeze.engine.process import process_group
 from dsfreeze.engine.refreeze import refreeze
 
+pytestmark = pytest.mark.slow
+
 #: whole layers, and a set that cuts through one
 CYCLE = [names_of(0, 1), names_of(2, also=("3.mlp.up", "lm_head")), names_of(3)]
 KINDS = ("DeepSpeedEngine", "ZeroOptimizer", "Stage3", "Coordinator", "UnfusedOptimizer", "Offload")

@@ -17,6 +17,8 @@ from dsfreeze.engine.layout import flats_of, group_numbers
 from dsfreeze.engine.process import process_group
 from dsfreeze.engine.refreeze import refreeze
 
+pytestmark = pytest.mark.slow
+
 AWAY = names_of(1, also=("0.self_attn", "norm"))
 
 

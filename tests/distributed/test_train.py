@@ -28,6 +28,14 @@ def train(values: dict) -> dict:
     return train_recipe(Recipe.model_validate(values))
 
 
+def train_all(runs: list[dict]) -> list[dict]:
+    """Within one process group, one run after another."""
+    from dsfreeze.engine.process import process_group
+
+    with process_group(Recipe.model_validate(runs[0])):
+        return [train(raw) for raw in runs]
+
+
 def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_record(folder).steps]
 
