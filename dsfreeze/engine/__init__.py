@@ -56,8 +56,8 @@ class Engine(Protocol):
     config: Mapping[str, Any] | None
     """The DeepSpeed configuration; None without DeepSpeed."""
 
-    def enter(self, phase: Phase) -> bool:
-        """Make exactly the phase's tensors trainable; whether that changed anything (collective: digests of the set are
+    def enter(self, phase: Phase) -> None:
+        """Make exactly the phase's tensors trainable; the same set again is free (collective: digests of the set are
         compared first). Tensors that leave and come back do so by the plan's state rule."""
 
     def forward_backward(self, batch: Mapping[str, torch.Tensor], weight: float) -> float:

@@ -73,11 +73,11 @@ class BaseEngine(ABC):
 
     # -- phases ------------------------------------------------------------------------------------------------
 
-    def enter(self, phase: Phase) -> bool:
+    def enter(self, phase: Phase) -> None:
         """See the protocol. Raises UserError, on every rank, when ranks name different sets, when a set is empty or names
         what the model lacks, and when flags were flipped behind the plan's back."""
         if self._trainable and phase.trainable == self._trainable:
-            return False
+            return
         self._agree(hashlib.sha256("\n".join(phase.trainable).encode()).hexdigest(), "which tensors train")
         if not phase.trainable:
             raise UserError(
@@ -95,7 +95,6 @@ class BaseEngine(ABC):
             self._change(names)
         self._trainable = names
         self._ever_trained.update(names)
-        return True
 
     def _change(self, names: tuple[str, ...]) -> None:
         """Another set: the state moves by the rule, prefix and checkpointing follow the new lowest trainable layer."""
@@ -171,28 +170,29 @@ class BaseEngine(ABC):
 
     @torch.no_grad()
     def changes(self) -> dict[str, tuple[float, float]]:
-        sums = dict.fromkeys(self._trainable, (0.0, 0.0))
+        pairs = {}
         for flat in self.flats:
             for name, value in flat.local():
                 start = self._start[name].to(value.device)
-                sums[name] = (float((value - start).double().square().sum()), float(start.double().square().sum()))
-        return self._over_ranks(sums)
+                pairs[name] = (_squared(value - start), _squared(start))
+        return self._over_ranks(pairs)
 
     @torch.no_grad()
     def _measure_gradients(self) -> dict[str, tuple[float, float]]:
-        sums = dict.fromkeys(self._trainable, (0.0, 0.0))
+        pairs = {}
         for flat, share in zip(self.flats, self._gradient_shares(), strict=True):
             for name, value in flat.local(share):
-                exact = value.double()
-                sums[name] = (float(exact.abs().sum()), float(exact.square().sum()))
-        return self._over_ranks(sums)
+                pairs[name] = (value.abs().sum(dtype=torch.float64), _squared(value))
+        return self._over_ranks(pairs)
 
-    def _over_ranks(self, sums: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-        """Sums over the ranks' shares; where every rank holds the whole, its own."""
-        if not any(flat.world_size > 1 for flat in self.flats):
-            return sums
-        totals = self.sum([value for pair in sums.values() for value in pair])
-        return dict(zip(sums, zip(totals[::2], totals[1::2], strict=True), strict=True))
+    def _over_ranks(self, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, tuple[float, float]]:
+        """Of every trained tensor two numbers, summed over the ranks' shares; where every rank holds the whole, its own."""
+        nothing = torch.zeros(2, dtype=torch.float64, device=self.device)
+        held = [torch.stack(pairs[name]).to(self.device) if name in pairs else nothing for name in self._trainable]
+        totals = torch.cat(held).tolist()  # one transfer for all of them
+        if any(flat.world_size > 1 for flat in self.flats):
+            totals = self.sum(totals)
+        return dict(zip(self._trainable, zip(totals[::2], totals[1::2], strict=True), strict=True))
 
     # -- evaluation --------------------------------------------------------------------------------------------
 
@@ -415,6 +415,10 @@ class BaseEngine(ABC):
 def _precise(entry: TensorState, dtype: torch.dtype) -> torch.Tensor:
     """A tensor's value in `dtype`: from the master where fp32 is wanted and there is one, else from the weight."""
     return (entry.get("master", entry["weight"]) if dtype == torch.float32 else entry["weight"]).to(dtype)
+
+
+def _squared(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double().square().sum()
 
 
 def _takes(module: nn.Module, argument: str) -> bool:

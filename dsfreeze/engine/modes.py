@@ -21,9 +21,16 @@ from dsfreeze.errors import UserError
 def set_trainable(module: nn.Module, names: Iterable[str]) -> None:
     """Make exactly the named parameters trainable."""
     named = by_name(module)
-    chosen = {id(named[name]) for name in names}
+    train_exactly(module, (named[name] for name in names))
+
+
+def train_exactly(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Make exactly these parameters trainable; a gradient that one has from before the change is dropped."""
+    chosen = {id(parameter) for parameter in parameters}
     for parameter in module.parameters():
-        parameter.requires_grad_(id(parameter) in chosen)
+        if parameter.requires_grad != (id(parameter) in chosen):
+            parameter.requires_grad_(id(parameter) in chosen)
+            parameter.grad = None
 
 
 class Modes:

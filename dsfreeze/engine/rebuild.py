@@ -10,13 +10,14 @@ from __future__ import annotations
 import gc
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from dsfreeze.engine.modes import train_exactly
 from dsfreeze.engine.support import is_rounded
 
 #: What stages 1 and 2 leave on a parameter; `safe_get_*` would read zeros through it for a frozen one.
@@ -49,15 +50,11 @@ def _bare(engine: Any, groups: ParamGroups) -> None:
 
 
 def _masters(engine: Any, groups: ParamGroups) -> None:
-    """Stage 0 in bf16. The wrapper takes a step while it is built; at learning rate 0 that changes nothing."""
+    """Stage 0 in bf16."""
     _regroup(engine, groups)
     basic = engine.basic_optimizer
-    rates = [group["lr"] for group in basic.param_groups]
-    for group in basic.param_groups:
-        group["lr"] = 0.0
-    engine.optimizer = engine._configure_fp16_optimizer(basic, torch.bfloat16)
-    for group, rate in zip(basic.param_groups, rates, strict=True):
-        group["lr"] = rate
+    with _at_rate_zero(basic):
+        engine.optimizer = engine._configure_fp16_optimizer(basic, torch.bfloat16)
     basic.state.clear()
 
 
@@ -107,26 +104,28 @@ _BUILDERS: dict[str, Callable[[Any, ParamGroups], None]] = {
 }
 
 
+@contextmanager
+def _at_rate_zero(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """At stage 0 in bf16 DeepSpeed takes a step while it builds (zero gradients, but weight decay): one of no length."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    yield
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
 def _regroup(engine: Any, groups: ParamGroups) -> None:
     basic = engine.basic_optimizer
     basic.state.clear()
     basic.param_groups[:] = [dict(group) for group in groups]
-    set_flags(engine.module, groups)
+    train_exactly(engine.module, (parameter for group in groups for parameter in group["params"]))
 
 
 def _wrap(engine: Any) -> None:
     engine.optimizer = engine._configure_zero_optimizer(engine.basic_optimizer)
     if engine._support_torch_style_backward:  # else a plain loss.backward() would never reduce
         engine.optimizer.register_grad_acc_post_hook(engine._backward_post_hook)
-
-
-def set_flags(module: nn.Module, groups: ParamGroups) -> None:
-    """requires_grad of every parameter: whether it is in a group. Gradients left from earlier flags are dropped."""
-    chosen = _chosen(groups)
-    for parameter in module.parameters():
-        if parameter.requires_grad != (id(parameter) in chosen):
-            parameter.requires_grad_(id(parameter) in chosen)
-            parameter.grad = None
 
 
 def _chosen(groups: ParamGroups) -> set[int]:
@@ -205,15 +204,9 @@ def rebuild_anew(engine: Any, groups: ParamGroups) -> Any:
     with _quiet():
         _unpin(engine, groups)
         close(engine)
-        basic.state.clear()
-        basic.param_groups[:] = [dict(group) for group in groups]
-        set_flags(module, groups)
-        rates = [group["lr"] for group in basic.param_groups]
-        for group in basic.param_groups:  # stage 0 in bf16 takes a step while it is built
-            group["lr"] = 0.0
-        new, *_ = deepspeed.initialize(model=module, optimizer=basic, config=config, dist_init_required=False)
-        for group, rate in zip(basic.param_groups, rates, strict=True):
-            group["lr"] = rate
+        _regroup(engine, groups)
+        with _at_rate_zero(basic):
+            new, *_ = deepspeed.initialize(model=module, optimizer=basic, config=config, dist_init_required=False)
     basic.state.clear()
     new.train(training)
     new.lr_scheduler = scheduler
@@ -254,17 +247,17 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def read_masters(engine: Any) -> dict[str, torch.Tensor]:
-    """Full fp32 masters, on the CPU by name, through DeepSpeed's public reader (collective). {} where it has none to
-    read: in fp32, where the weight is its own master, and at stage 0; and where gradients go round robin, which its reader
-    does not heed: it takes other elements for a tensor's."""
+def read_masters(engine: Any, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Full fp32 masters of tensors that the optimizer steps, on the CPU by name, through DeepSpeed's public reader
+    (collective). {} where it has none to read: in fp32, where the weight is its own master, and at stage 0; and where
+    gradients go round robin, which its reader does not heed: it takes other elements for a tensor's."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     round_robin = engine.zero_optimization_stage() < 3 and engine.zero_round_robin_gradients()
     if engine.zero_optimization_stage() == 0 or not is_rounded(engine) or round_robin:
         return {}
-    names = {flat_name for flat_name, p in engine.module.named_parameters() if p.requires_grad}
-    return {n: safe_get_full_fp32_param(p).cpu() for n, p in engine.module.named_parameters() if n in names}
+    named = dict(engine.module.named_parameters())
+    return {name: safe_get_full_fp32_param(named[name]).cpu() for name in names}
 
 
 def write_masters(engine: Any, masters: Mapping[str, torch.Tensor]) -> None:

@@ -123,11 +123,6 @@ def regroup(engine: Any, steps: Mapping[str, float | None], *, method: Method = 
     return _change(engine, list(live_names(engine)), "keep", steps=steps, method=method)
 
 
-def park_loaded(engine: Any, parcels: Iterable[Parcel]) -> None:
-    """Put parcels of tensors that do not train now into the engine's keeping, in place of those it had."""
-    ledger_of(engine).parked = list(parcels)
-
-
 # -- checks --------------------------------------------------------------------------------------------------------
 
 
@@ -243,7 +238,7 @@ def _change(
     counts = {name: parcel.step for parcel in pool for name in parcel.flat.names}
     groups, origins, returning = _groups(engine, names, ledger, {**counts, **(steps or {})})
     anew = method == "anew" or (method == "auto" and _lacks_names(engine))
-    masters = read_masters(engine) if anew else {}
+    masters = read_masters(engine, live_names(engine)) if anew else {}
     engine = rebuild_anew(engine, groups) if anew else rebuild_in_place(engine, groups)
     engine._dsfreeze_ledger = ledger
     follow_groups(engine, origins, returning)

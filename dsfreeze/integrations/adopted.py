@@ -6,6 +6,7 @@ things are. Forward, backward and step stay the trainer's.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -60,9 +61,9 @@ class Adopted(BaseEngine):
         """Take away our hooks and leave everything else to the trainer."""
         BaseEngine.close(self)
 
+    @abstractmethod
     def members(self) -> list[str]:
         """For each parameter group of the optimizer, a tensor in it, which stands for all of them."""
-        raise NotImplementedError
 
 
 class AdoptedLocal(Adopted, LocalEngine):

@@ -80,6 +80,23 @@ def test_a_stopped_run_decides_what_it_would_have_decided(tmp_path, name):
         assert plain(folder) == [line for line in made if line[0] > step], step
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adt_h", "tang_like", "blockllm"])
+def test_resuming_at_another_stage_and_world_size(tmp_path, name):
+    """1 rank -> 2 and 2 -> 1, with decisions still to come: those that the uninterrupted run took."""
+    recipe = recipe_of(tmp_path, name, save_strategy="steps", save_steps=1)
+    train(values(recipe, "local", tmp_path / "local", ranks=1))
+    expected, made = losses(tmp_path / "local"), decisions(tmp_path / "local")
+    source = tmp_path / "local"
+    for number, (zero, ranks, step) in enumerate([("zero2", 2, 3), ("zero3", 1, 4), ("zero1", 2, 7), ("zero3", 2, 9)]):
+        folder = tmp_path / f"{number}-{zero}"
+        raw = values(recipe, zero, folder, ranks=ranks, resume_from_checkpoint=str(source / f"checkpoint-{step}"))
+        run_ranks(train, raw, world_size=ranks, timeout=120)
+        assert losses(folder) == pytest.approx(expected[step:], abs=1e-5), (zero, ranks, step)
+        assert plain(folder) == [line for line in made if line[0] > step], (zero, ranks, step)
+        source = folder
+
+
 def test_the_record_tells_every_plan(tmp_path):
     """Oracle: the plans themselves: same past, the last one in force at the end."""
     recipe = recipe_of(tmp_path, "grass")

@@ -6,9 +6,7 @@ from __future__ import annotations
 import math
 from random import Random
 
-from dsfreeze.anatomy import Anatomy
 from dsfreeze.plan import FreezePlan
-from dsfreeze.recipe import FreezeOptions
 from dsfreeze.strategies.adaptive.common import (
     Ground,
     Memory,
@@ -29,20 +27,16 @@ EVERY = 20
 ACTIVE = 2
 
 
-def initial(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
+def begin(ground: Ground) -> FreezePlan:
     """Nothing is known of any layer: the first ones are drawn."""
-    ground = Ground.of(anatomy, options)
+    options = ground.options
     chosen = generator(options, 0).sample(list(ground.layers), number_active(options, list(ground.layers), ACTIVE))
-    every = options.switch_every or EVERY
-    return start(ground, ground.train_layers(chosen), num_steps, state="keep", decide_at=every)
+    return start(ground, ground.train_layers(chosen), state="keep", decide_at=ground.every(EVERY))
 
 
-def revise(
-    anatomy: Anatomy, options: FreezeOptions, num_steps: int | None, plan: FreezePlan, evidence: Evidence,
-    memory: Memory,
-) -> Revision:  # fmt: skip
+def decide(ground: Ground, plan: FreezePlan, evidence: Evidence, memory: Memory) -> Revision:
     """Choose the next layers. Memory: each trained layer's gradient norm when it last trained, and how often it did."""
-    ground = Ground.of(anatomy, options)
+    options = ground.options
     active = ground.active(plan)
     found = gradients_of(ground, active, evidence)
     norms = {**memory.get("norms", {}), **{name: rms_over_steps(g) for name, g in found.items()}}
@@ -58,7 +52,7 @@ def revise(
     else:
         scores = {name: float(counts.get(name, 0)) for name in ground.layers}
         chosen = draw(dirichlet(scores, random), number, random)
-    decide_at = next_decision(evidence.step, options.switch_every or EVERY, num_steps)
+    decide_at = next_decision(ground, evidence.step, EVERY)
     kept = {"norms": norms, "counts": counts, "decision": decision}
     return Revision(go_on(plan, evidence.step, ground.train_layers(chosen), decide_at), scores, kept)
 
@@ -68,4 +62,4 @@ def dirichlet(counts: dict[str, float], random: Random) -> dict[str, float]:
     return {name: math.log(random.gammavariate(count + 1.0, 1.0) or 1e-300) for name, count in counts.items()}
 
 
-RULE = Rule(frozenset({"gradient"}), initial, revise)
+RULE = Rule(frozenset({"gradient"}), begin, decide)

@@ -7,10 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import correlation
 
-from dsfreeze.anatomy import Anatomy
 from dsfreeze.errors import UserError
 from dsfreeze.plan import FreezePlan
-from dsfreeze.recipe import FreezeOptions
 from dsfreeze.strategies.adaptive.common import Ground, Memory, Rule, check_finite, go_on, gradients_of, start
 from dsfreeze.strategies.evidence import Evidence, Revision
 from dsfreeze.strategies.selection import number_frozen
@@ -19,24 +17,19 @@ from dsfreeze.strategies.selection import number_frozen
 STABLE = 0.8
 
 
-def initial(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
+def begin(ground: Ground) -> FreezePlan:
     """All layers train until the tracking ends, or until the middle of it where stability is checked."""
-    ground = Ground.of(anatomy, options)
+    options = ground.options
     _number(ground)
     end = options.track_steps
     middle = math.ceil(end / 2) if options.stability_check else end
     trainable = ground.train_layers(ground.layers)
-    return start(
-        ground, trainable, num_steps, state="clear", decide_at=middle, first=end, keys="freeze.track_steps"
-    )  # fmt: skip
+    return start(ground, trainable, state="clear", decide_at=middle, first=end, keys="freeze.track_steps")
 
 
-def revise(
-    anatomy: Anatomy, options: FreezeOptions, num_steps: int | None, plan: FreezePlan, evidence: Evidence,
-    memory: Memory,
-) -> Revision:  # fmt: skip
+def decide(ground: Ground, plan: FreezePlan, evidence: Evidence, memory: Memory) -> Revision:
     """Rank the layers by how far they moved; at the end of the tracking, freeze."""
-    ground = Ground.of(anatomy, options)
+    options = ground.options
     squared = _squared(ground, evidence, memory.get("squared", {}))
     scores = {name: _score(ground, name, squared[name], evidence) for name in ground.layers}
     if evidence.step < options.track_steps:
@@ -111,4 +104,4 @@ def _ranks(values: Sequence[float]) -> list[float]:
     return [order.index(value) + (order.count(value) - 1) / 2 for value in values]
 
 
-RULE = Rule(frozenset({"change"}), initial, revise)
+RULE = Rule(frozenset({"change"}), begin, decide)

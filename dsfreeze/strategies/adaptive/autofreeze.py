@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from dsfreeze.anatomy import Anatomy
 from dsfreeze.errors import UserError
 from dsfreeze.plan import FreezePlan
-from dsfreeze.recipe import FreezeOptions
 from dsfreeze.strategies.adaptive.common import (
     Ground,
     Memory,
@@ -25,43 +23,38 @@ from dsfreeze.strategies.evidence import Evidence, Revision
 INTERVALS = 10
 
 
-def initial(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
+def begin(ground: Ground) -> FreezePlan:
     """All layers train for the two intervals that the first decision compares."""
-    ground = Ground.of(anatomy, options)
-    every = _every(options, num_steps)
+    every = _every(ground)
     trainable = ground.train_layers(ground.layers)
-    return start(ground, trainable, num_steps, state="clear", decide_at=every, first=2 * every)
+    return start(ground, trainable, state="clear", decide_at=every, first=2 * every)
 
 
-def revise(
-    anatomy: Anatomy, options: FreezeOptions, num_steps: int | None, plan: FreezePlan, evidence: Evidence,
-    memory: Memory,
-) -> Revision:  # fmt: skip
+def decide(ground: Ground, plan: FreezePlan, evidence: Evidence, memory: Memory) -> Revision:
     """Freeze everything in front of the first layer whose relative change reaches the percentile.
 
     Only layers that still train count: a frozen one has no change, which would pull the threshold to zero.
     """
-    ground = Ground.of(anatomy, options)
     now = {name: g.l1 for name, g in gradients_of(ground, ground.active(plan), evidence).items()}
     before = memory.get("l1", {})
     change = {name: _relative(before[name], value) for name, value in now.items() if name in before}
     first = front(ground, plan)
     if change:
-        threshold = percentile(change.values(), options.percentile)
+        threshold = percentile(change.values(), ground.options.percentile)
         first = next(i for i, name in enumerate(ground.layers) if change.get(name, -1.0) >= threshold)
-    decide_at = next_decision(evidence.step, _every(options, num_steps), num_steps)
+    decide_at = next_decision(ground, evidence.step, _every(ground))
     return Revision(go_on(plan, evidence.step, train_from(ground, first), decide_at), change or now, {"l1": now})
 
 
-def _every(options: FreezeOptions, num_steps: int | None) -> int:
-    if options.switch_every is not None:
-        return options.switch_every
-    if num_steps is None:
+def _every(ground: Ground) -> int:
+    if ground.options.switch_every is not None:
+        return ground.options.switch_every
+    if ground.num_steps is None:
         raise UserError(
             f"Strategy 'autofreeze' divides the run into {INTERVALS} intervals and must know how long it is; "
             "set train.max_steps, or the steps of an interval, freeze.switch_every."
         )
-    return max(1, num_steps // INTERVALS)
+    return max(1, ground.num_steps // INTERVALS)
 
 
 def _relative(before: float, now: float) -> float:
@@ -77,4 +70,4 @@ def percentile(values: Collection[float], percent: float) -> float:
     return min(high, low + (high - low) * part)
 
 
-RULE = Rule(frozenset({"gradient"}), initial, revise)
+RULE = Rule(frozenset({"gradient"}), begin, decide)

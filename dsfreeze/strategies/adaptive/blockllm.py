@@ -6,9 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from statistics import mean
 
-from dsfreeze.anatomy import Anatomy
 from dsfreeze.plan import FreezePlan
-from dsfreeze.recipe import FreezeOptions
 from dsfreeze.strategies.adaptive.common import (
     Ground,
     Memory,
@@ -27,26 +25,23 @@ from dsfreeze.strategies.evidence import Evidence, Revision
 EVERY = 100
 
 
-def initial(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
+def begin(ground: Ground) -> FreezePlan:
     """Nothing is known of any tensor: the first ones are drawn, as the authors' code does."""
-    ground = Ground.of(anatomy, options)
+    options = ground.options
     chosen = _take(ground, shuffled(_tensors(ground), generator(options, 0)))
-    every = options.switch_every or EVERY
+    every = ground.every(EVERY)
     earliest = every * (options.patience // every + 1)  # the first decision that has more losses than the latest
     keys = "freeze.switch_every or freeze.patience"
-    return start(ground, _train(ground, chosen), num_steps, state="clear", decide_at=every, first=earliest, keys=keys)
+    return start(ground, _train(ground, chosen), state="clear", decide_at=every, first=earliest, keys=keys)
 
 
-def revise(
-    anatomy: Anatomy, options: FreezeOptions, num_steps: int | None, plan: FreezePlan, evidence: Evidence,
-    memory: Memory,
-) -> Revision:  # fmt: skip
+def decide(ground: Ground, plan: FreezePlan, evidence: Evidence, memory: Memory) -> Revision:
     """Go on while the loss falls, else rank all tensors and choose anew.
 
     Memory: each visited tensor's gradient norm when it last trained, in how many rounds it did, the number of rounds,
     and of the losses since the last choice the sum, the number and the latest.
     """
-    ground = Ground.of(anatomy, options)
+    options = ground.options
     tensors = _tensors(ground)
     trained = [name for name in plan.phases[-1].trainable if name in tensors]
     norms = {**memory.get("norms", {}), **{name: rms_over_steps(gradient_of(name, evidence)) for name in trained}}
@@ -61,7 +56,7 @@ def revise(
         chosen = _take(ground, [*unvisited, *sorted(norms, key=lambda name: -scores[name])])
         visits |= {name: visits.get(name, 0) + 1 for name in chosen}
         trainable, total, number, latest = _train(ground, chosen), 0.0, 0, []
-    decide_at = next_decision(evidence.step, options.switch_every or EVERY, num_steps)
+    decide_at = next_decision(ground, evidence.step, EVERY)
     kept = {"norms": norms, "visits": visits, "rounds": rounds, "total": total, "number": number, "latest": latest}
     return Revision(go_on(plan, evidence.step, trainable, decide_at), scores, kept)
 
@@ -89,4 +84,4 @@ def _train(ground: Ground, chosen: Iterable[str]) -> tuple[str, ...]:
     return ground.train(frozenset(chosen), kept=end_names(ground.anatomy, "norm"))
 
 
-RULE = Rule(frozenset({"gradient"}), initial, revise)
+RULE = Rule(frozenset({"gradient"}), begin, decide)

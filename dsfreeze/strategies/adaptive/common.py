@@ -21,28 +21,18 @@ Memory = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Rule:
-    """An adaptive strategy. `initial` makes the plan up to the first decision; at each `plan.decide_at` the loop calls
-    `revise(anatomy, options, num_steps, plan, evidence, memory)` with what `needs` names measured, and with the memory that
-    the last decision left (empty at first)."""
-
-    needs: frozenset[Measure]
-    initial: Callable[[Anatomy, FreezeOptions, int | None], FreezePlan]
-    revise: Callable[[Anatomy, FreezeOptions, int | None, FreezePlan, Evidence, Memory], Revision]
-
-
-@dataclass(frozen=True)
 class Ground:
-    """What a rule moves on: the adapted anatomy, and of each transformer layer the tensors that may train (with
+    """What a rule moves on: its options, how long the run is, the adapted anatomy, and of each transformer layer the tensors that may train (with
     adapters, the adapters' own; a layer that holds none is left out)."""
 
     options: FreezeOptions
+    num_steps: int | None
     adapter: Adapter | None
     anatomy: Anatomy
     layers: Mapping[str, tuple[Tensor, ...]]
 
     @classmethod
-    def of(cls, anatomy: Anatomy, options: FreezeOptions) -> Ground:
+    def of(cls, anatomy: Anatomy, options: FreezeOptions, num_steps: int | None) -> Ground:
         """UserError when there is no layer to choose."""
         adapter = own = None
         if options.adapter is not None:
@@ -59,7 +49,11 @@ class Ground:
                 f"Strategy '{options.strategy}' chooses among transformer layers, and {anatomy.name} has none. "
                 "Use strategy 'full' or 'patterns'."
             )
-        return cls(options, adapter, anatomy, layers)
+        return cls(options, num_steps, adapter, anatomy, layers)
+
+    def every(self, default: int) -> int:
+        """Steps from one decision to the next."""
+        return self.options.switch_every or default
 
     def numel(self, layer: str) -> int:
         return sum(t.numel for t in self.layers[layer])
@@ -79,16 +73,35 @@ class Ground:
         return [name for name, tensors in self.layers.items() if any(t.name in trained for t in tensors)]
 
 
+@dataclass(frozen=True)
+class Rule:
+    """An adaptive strategy. `begin` makes the plan up to the first decision; at each `plan.decide_at`, `decide` takes that
+    plan, what `needs` names measured, and the memory that the last decision left (empty at first)."""
+
+    needs: frozenset[Measure]
+    begin: Callable[[Ground], FreezePlan]
+    decide: Callable[[Ground, FreezePlan, Evidence, Memory], Revision]
+
+    def initial(self, anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
+        return self.begin(Ground.of(anatomy, options, num_steps))
+
+    def revise(
+        self, anatomy: Anatomy, options: FreezeOptions, num_steps: int | None, plan: FreezePlan, evidence: Evidence,
+        memory: Memory,
+    ) -> Revision:  # fmt: skip
+        return self.decide(Ground.of(anatomy, options, num_steps), plan, evidence, memory)
+
+
 # -- plans ---------------------------------------------------------------------------------------------------------
 
 
 def start(
-    ground: Ground, trainable: tuple[str, ...], num_steps: int | None, *, state: StateRule, decide_at: int,
-    first: int | None = None, keys: str = "freeze.switch_every",
+    ground: Ground, trainable: tuple[str, ...], *, state: StateRule, decide_at: int, first: int | None = None,
+    keys: str = "freeze.switch_every",
 ) -> FreezePlan:  # fmt: skip
     """The plan up to `decide_at`; UserError when the run ends before `first`, when the set may change at the earliest
     (None: at `decide_at`). `keys` are what the user could lower."""
-    options = ground.options
+    options, num_steps = ground.options, ground.num_steps
     first = decide_at if first is None else first
     if num_steps is not None and first >= num_steps:
         raise UserError(
@@ -121,9 +134,10 @@ def go_on(
     return replace(plan, phases=phases, decide_at=decide_at, notes=plan.notes + notes)
 
 
-def next_decision(step: int, every: int, num_steps: int | None) -> int | None:
-    """`every` steps on, None when the run is over by then."""
-    return step + every if num_steps is None or step + every < num_steps else None
+def next_decision(ground: Ground, step: int, default: int) -> int | None:
+    """The step of the next decision, None when the run is over by then."""
+    due = step + ground.every(default)
+    return due if ground.num_steps is None or due < ground.num_steps else None
 
 
 # -- a frozen front ------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from statistics import linear_regression
 
-from dsfreeze.anatomy import Anatomy
 from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import FreezeOptions
 from dsfreeze.strategies.adaptive.common import (
@@ -24,25 +23,22 @@ from dsfreeze.strategies.evidence import Evidence, Revision
 EVERY = 5
 
 
-def initial(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
+def begin(ground: Ground) -> FreezePlan:
     """All layers train until a window is full and was flat often enough."""
-    ground = Ground.of(anatomy, options)
-    every = options.switch_every or EVERY
+    options = ground.options
+    every = ground.every(EVERY)
     earliest = every * (options.window + options.hits - 1)
     trainable = ground.train_layers(ground.layers)
     keys = "freeze.switch_every, freeze.window or freeze.hits"
-    return start(ground, trainable, num_steps, state="clear", decide_at=every, first=earliest, keys=keys)
+    return start(ground, trainable, state="clear", decide_at=every, first=earliest, keys=keys)
 
 
-def revise(
-    anatomy: Anatomy, options: FreezeOptions, num_steps: int | None, plan: FreezePlan, evidence: Evidence,
-    memory: Memory,
-) -> Revision:  # fmt: skip
+def decide(ground: Ground, plan: FreezePlan, evidence: Evidence, memory: Memory) -> Revision:
     """Watch the front layer's plasticity; freeze it after enough flat windows in a row; thaw on a drop of the rate.
 
     Memory: the front layer's plasticities of the window, its flat windows, the learning rate at the first freeze.
     """
-    ground = Ground.of(anatomy, options)
+    options = ground.options
     first, names = front(ground, plan), list(ground.layers)
     plasticity = {name: evidence.similarities[name].plasticity for name in ground.active(plan)}
     for name, value in plasticity.items():
@@ -55,7 +51,7 @@ def revise(
     elif hits >= options.hits and first + 1 < len(names):
         first, trend, hits = first + 1, [], 0
         rate = evidence.learning_rate if rate is None else rate
-    decide_at = next_decision(evidence.step, options.switch_every or EVERY, num_steps)
+    decide_at = next_decision(ground, evidence.step, EVERY)
     kept = {"trend": trend, "hits": hits, "rate": rate}
     return Revision(go_on(plan, evidence.step, train_from(ground, first), decide_at), plasticity, kept)
 
@@ -67,4 +63,4 @@ def is_flat(trend: list[float], options: FreezeOptions) -> bool:
     return abs(linear_regression(range(len(trend)), trend).slope) < options.slope
 
 
-RULE = Rule(frozenset({"activations"}), initial, revise)
+RULE = Rule(frozenset({"activations"}), begin, decide)

@@ -6,9 +6,7 @@ import math
 from collections.abc import Mapping
 from statistics import mean
 
-from dsfreeze.anatomy import Anatomy
 from dsfreeze.plan import FreezePlan
-from dsfreeze.recipe import FreezeOptions
 from dsfreeze.strategies.adaptive.common import (
     Ground,
     Memory,
@@ -29,20 +27,15 @@ EVERY = 20
 ACTIVE = 2
 
 
-def initial(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
+def begin(ground: Ground) -> FreezePlan:
     """The first layers of the sweep that visits each once."""
-    ground = Ground.of(anatomy, options)
-    chosen = _sweep(ground)[: number_active(options, list(ground.layers), ACTIVE)]
-    every = options.switch_every or EVERY
-    return start(ground, ground.train_layers(chosen), num_steps, state="offload", decide_at=every)
+    chosen = _sweep(ground)[: number_active(ground.options, list(ground.layers), ACTIVE)]
+    return start(ground, ground.train_layers(chosen), state="offload", decide_at=ground.every(EVERY))
 
 
-def revise(
-    anatomy: Anatomy, options: FreezeOptions, num_steps: int | None, plan: FreezePlan, evidence: Evidence,
-    memory: Memory,
-) -> Revision:  # fmt: skip
+def decide(ground: Ground, plan: FreezePlan, evidence: Evidence, memory: Memory) -> Revision:
     """Update the sizes of the layers that trained; those not yet visited come first, the rest is drawn."""
-    ground = Ground.of(anatomy, options)
+    options = ground.options
     sizes = dict(memory.get("sizes", {}))
     for name, gradient in gradients_of(ground, ground.active(plan), evidence).items():
         size = rms_over_steps(gradient) / math.sqrt(ground.numel(name))
@@ -53,7 +46,7 @@ def revise(
     logs = scaled(sizes, options.temperature)
     chosen += draw(logs, number - len(chosen), generator(options, decision))
     scores = probabilities(logs)
-    decide_at = next_decision(evidence.step, options.switch_every or EVERY, num_steps)
+    decide_at = next_decision(ground, evidence.step, EVERY)
     kept = {"sizes": sizes, "decision": decision}
     return Revision(go_on(plan, evidence.step, ground.train_layers(chosen), decide_at), scores, kept)
 
@@ -76,4 +69,4 @@ def _sweep(ground: Ground) -> list[str]:
     return shuffled(ground.layers, generator(ground.options, 0))
 
 
-RULE = Rule(frozenset({"gradient"}), initial, revise)
+RULE = Rule(frozenset({"gradient"}), begin, decide)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from statistics import pvariance
 
-from dsfreeze.anatomy import Anatomy
 from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import FreezeOptions
 from dsfreeze.strategies.adaptive.common import (
@@ -23,21 +22,17 @@ from dsfreeze.strategies.evidence import Evidence, Revision
 EVERY = 5
 
 
-def initial(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
+def begin(ground: Ground) -> FreezePlan:
     """All layers train until a window is full."""
-    ground = Ground.of(anatomy, options)
-    every = options.switch_every or EVERY
+    every = ground.every(EVERY)
     trainable = ground.train_layers(ground.layers)
-    earliest, keys = every * options.window, "freeze.switch_every or freeze.window"
-    return start(ground, trainable, num_steps, state="clear", decide_at=every, first=earliest, keys=keys)
+    earliest, keys = every * ground.options.window, "freeze.switch_every or freeze.window"
+    return start(ground, trainable, state="clear", decide_at=every, first=earliest, keys=keys)
 
 
-def revise(
-    anatomy: Anatomy, options: FreezeOptions, num_steps: int | None, plan: FreezePlan, evidence: Evidence,
-    memory: Memory,
-) -> Revision:  # fmt: skip
+def decide(ground: Ground, plan: FreezePlan, evidence: Evidence, memory: Memory) -> Revision:
     """Freeze from the front on while the CKA of a full window varies little and is not low."""
-    ground = Ground.of(anatomy, options)
+    options = ground.options
     history = {n: [*memory.get("cka", {}).get(n, []), _cka(n, evidence)] for n in ground.active(plan)}
     history = {name: values[-options.window :] for name, values in history.items()}
     scores = {name: pvariance(values) for name, values in history.items()}
@@ -45,7 +40,7 @@ def revise(
     while first + 1 < len(names) and is_settled(history[names[first]], options):
         first += 1
     kept = {name: values for name, values in history.items() if name in names[first:]}
-    decide_at = next_decision(evidence.step, options.switch_every or EVERY, num_steps)
+    decide_at = next_decision(ground, evidence.step, EVERY)
     return Revision(go_on(plan, evidence.step, train_from(ground, first), decide_at), scores, {"cka": kept})
 
 
@@ -60,4 +55,4 @@ def _cka(layer: str, evidence: Evidence) -> float:
     return value
 
 
-RULE = Rule(frozenset({"activations"}), initial, revise)
+RULE = Rule(frozenset({"activations"}), begin, decide)
