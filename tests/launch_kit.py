@@ -34,13 +34,15 @@ def fake_venv(folder: Path, *lines: str, root: Path = ROOT) -> Path:
 
 
 @contextmanager
-def ctrl_c_obeyed() -> Iterator[None]:
-    """Processes started here do not ignore SIGINT, even where the shell had the tests ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def signals_obeyed() -> Iterator[None]:
+    """Here, and in processes started here, SIGINT and SIGHUP act as usual, even where the shell (`&`, nohup) had them ignored."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def left_of(folder: Path, seconds: float = 0.0) -> list[str]:

@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+from launch_kit import signals_obeyed
 
 from dsfreeze.interrupt import Interrupt, Interrupted
 
@@ -33,7 +34,7 @@ def test_signals_that_come_again_do_not_end_the_checkpoint():
 
 
 def test_the_third_ctrl_c_acts_at_once():
-    with Interrupt():
+    with signals_obeyed(), Interrupt():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launch_kit import ctrl_c_obeyed, left_of, nobody_outlives, write_program
+from launch_kit import left_of, nobody_outlives, signals_obeyed, write_program
 from tiny_runs import classification_data, llama_folder
 
 from dsfreeze import quickstart
@@ -143,7 +143,7 @@ def test_ctrl_c_gives_a_half_the_time_that_its_checkpoint_takes(tmp_path):
     program = (
         f"import sys; sys.executable = {str(script)!r}; from dsfreeze.cli import run; sys.exit(run(['quickstart']))"
     )
-    with ctrl_c_obeyed():
+    with signals_obeyed():
         process = subprocess.Popen(
             [sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
             start_new_session=True,
@@ -163,7 +163,7 @@ def test_a_signal_leaves_a_checkpoint(tiny, tmp_path, name):
     """In processes of its own, as users start it. INT goes to the whole group, as from a terminal."""
     number = signal.Signals[f"SIG{name}"]
     words = [*tiny, "train.max_steps=100000", "data.eval=null"]
-    with ctrl_c_obeyed():
+    with signals_obeyed():
         process = subprocess.Popen(
             [sys.executable, "-m", "dsfreeze", "quickstart", *words],
             env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True, start_new_session=True,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launch_kit import ctrl_c_obeyed, left_of, nobody_outlives
+from launch_kit import left_of, nobody_outlives, signals_obeyed
 
 from dsfreeze.supervise import supervise
 
@@ -65,7 +65,7 @@ def start(tmp_path):
         assert process.stdout.readline() == "ready\n"
         return process
 
-    with ctrl_c_obeyed(), nobody_outlives(tmp_path):
+    with signals_obeyed(), nobody_outlives(tmp_path):
         yield started
 
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 from forks import _free_port
-from launch_kit import ctrl_c_obeyed, fake_venv, left_of, nobody_outlives
+from launch_kit import fake_venv, left_of, nobody_outlives, signals_obeyed
 from test_train import losses, train, values
 from tiny_runs import tiny_recipe
 
@@ -150,7 +150,7 @@ def test_a_signal_to_launch_sh_ends_it_after_the_checkpoint(tmp_path, stop, code
     """Oracles: the shell's exit code, a checkpoint that is whole at that moment, and the process table."""
     file = recipe_file(tmp_path, max_steps=100_000)
     command, environment = launch_sh(tmp_path)
-    with ctrl_c_obeyed():
+    with signals_obeyed():
         launched = psutil.Popen(
             [*command, str(file)], cwd=ROOT, env=surroundings(tmp_path) | environment, stdin=subprocess.DEVNULL,
             stdout=(tmp_path / "log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
