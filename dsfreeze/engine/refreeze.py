@@ -236,12 +236,12 @@ def _change(
     _remember(engine, ledger, settings or {})
     pool = [*ledger.parked, *_live_parcels(engine)]
     counts = {name: parcel.step for parcel in pool for name in parcel.flat.names}
-    groups, origins, returning = _groups(engine, names, ledger, {**counts, **(steps or {})})
+    groups, origins, away = _groups(engine, names, ledger, {**counts, **(steps or {})})
     anew = method == "anew" or (method == "auto" and _lacks_names(engine))
     masters = read_masters(engine, live_names(engine)) if anew else {}
     engine = rebuild_anew(engine, groups) if anew else rebuild_in_place(engine, groups)
     engine._dsfreeze_ledger = ledger
-    follow_groups(engine, origins, returning)
+    follow_groups(engine, origins, away)
     ledger.parked = _settle(engine, pool, rule, drop_master=drop_master, with_masters=not masters)
     write_masters(engine, masters)
     _relink(engine)
@@ -306,13 +306,13 @@ def layer_of(name: str) -> str:
 def _groups(
     engine: Any, names: Sequence[str], ledger: Ledger, steps: Mapping[str, float | None]
 ) -> tuple[list[dict[str, Any]], list[int], list[bool]]:
-    """Parameter groups in the module's order; for each, the number of the group that it had at first, and whether none
-    of it trains until now."""
-    parameters, live = dict(engine.module.named_parameters()), set(live_names(engine))
+    """Parameter groups in the module's order; for each, the number of the group that it had at first, and whether nothing
+    of that one trains until now, so that nobody has its rate of now."""
+    parameters = dict(engine.module.named_parameters())
+    live = {ledger.origin[name] for name in live_names(engine)}
     scheduled = getattr(engine, "lr_scheduler", None) is not None
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     origins: dict[tuple[Any, ...], int] = {}
-    returning: dict[tuple[Any, ...], bool] = {}
     for name in names:
         model = ledger.model_of(name)
         settings, origin = ledger.settings[model], ledger.origin.setdefault(name, ledger.origin[model])
@@ -321,8 +321,7 @@ def _groups(
         key = (*key, origin if scheduled else None)
         groups.setdefault(key, {**settings, "params": []})["params"].append(parameters[name])
         origins.setdefault(key, origin)
-        returning[key] = returning.get(key, True) and name not in live
-    return list(groups.values()), list(origins.values()), list(returning.values())
+    return list(groups.values()), list(origins.values()), [origin not in live for origin in origins.values()]
 
 
 def _settle(engine: Any, pool: list[Parcel], rule: StateRule, *, drop_master: bool, with_masters: bool) -> list[Parcel]:

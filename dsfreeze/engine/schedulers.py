@@ -6,6 +6,7 @@ WarmupLR family leaves new groups at a stale rate. Our own loop uses none: it wr
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
@@ -20,12 +21,12 @@ PER_GROUP = (
 _FIRST = "_dsfreeze_first_groups"
 
 
-def follow_groups(engine: Any, origins: Sequence[int], returning: Sequence[bool]) -> None:
+def follow_groups(engine: Any, origins: Sequence[int], away: Sequence[bool]) -> None:
     """Stretch the lists of the engine's scheduler, if it has one, to the new groups.
 
     origins: for each group of the optimizer now, the number of the group that its tensors had when the scheduler was
-    made. returning: whether they did not train until now; such a group takes the rate of now, where the scheduler can
-    tell it.
+    made. away: whether nothing of that group trained until now; such a group takes the rate of now, where the scheduler
+    can tell it, and the user is warned where it cannot.
     """
     scheduler = getattr(engine, "lr_scheduler", None)
     if scheduler is None:
@@ -33,8 +34,16 @@ def follow_groups(engine: Any, origins: Sequence[int], returning: Sequence[bool]
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
     _stretch(scheduler, origins)
     groups = engine.basic_optimizer.param_groups
-    for group, rate, back in zip(groups, _rates_now(scheduler) or [None] * len(groups), returning, strict=True):
-        if back and rate is not None:
+    rates = _rates_now(scheduler)
+    if any(away) and not rates:
+        warnings.warn(
+            f"{type(scheduler).__name__} does not tell rates as a function of the step: tensors of a parameter group that was away "
+            "as a whole go on at the rate with which they left. Write it to engine.optimizer.param_groups, or use a scheduler "
+            "with a closed form (LambdaLR, CosineAnnealingLR, DeepSpeed's own).",
+            stacklevel=2,
+        )
+    for group, rate, was_away in zip(groups, rates or [None] * len(groups), away, strict=True):
+        if was_away and rate is not None:
             group["lr"] = rate
     if hasattr(scheduler, "_last_lr"):
         scheduler._last_lr = [group["lr"] for group in groups]

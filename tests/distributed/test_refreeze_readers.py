@@ -5,6 +5,8 @@ Oracles: the masters and moments read before the tensors left; the rates of an e
 
 from __future__ import annotations
 
+import warnings
+
 import deepspeed
 import pytest
 import torch
@@ -144,6 +146,35 @@ def test_learning_rates_are_those_of_an_unchanged_engine(name):
 
 def test_learning_rates_after_building_anew():
     assert max(run_ranks(follow, "WarmupDecayLR", "anew")) < 1e-12
+
+
+def unknown_rates():
+    """A scheduler whose rates are products, each step from the last: what it would say of a group that was away is lost."""
+    with process_group(recipe_of()):
+        model = tiny_llama()
+        groups = [
+            {"params": [p for p in model.parameters() if (p.dim() > 1) is flat], "lr": 5e-3} for flat in (True, False)
+        ]
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=torch.optim.AdamW(groups), config=config_of(recipe_of("zero1"), 2), dist_init_required=False,
+            lr_scheduler=lambda o: torch.optim.lr_scheduler.MultiplicativeLR(o, lambda n: 0.9),
+        )  # fmt: skip
+        matrices = [n for n in ALL if "norm" not in n]
+        said = []
+        for wanted in (names_of(1, 2), matrices, names_of(0, 3)):
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                refreeze(engine, wanted)
+            said.append([str(w.message) for w in told if "does not tell rates" in str(w.message)])
+        return said
+
+
+def test_a_rate_that_nobody_knows_is_said():
+    """Oracle: which sets hold a gain while the gains' group was away: the last alone."""
+    for first, second, third in run_ranks(unknown_rates):
+        assert (first, second) == ([], [])
+        assert len(third) == 1
+        assert third[0].startswith("MultiplicativeLR")
 
 
 def own_rates():
