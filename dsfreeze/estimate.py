@@ -104,8 +104,8 @@ def estimate(
 ) -> Estimate:  # fmt: skip
     """Price a plan (formulas and what they leave out: above).
 
-    Bytes and `trainable` are those of `phase`, by default the one that holds most on the device. FLOPs are those of the
-    phase, or the mean over the plan's steps; an open last phase ends at `num_steps`, and counts alone without it.
+    Bytes and `trainable` are those of `phase`, by default the one that holds most on the device, among equals in host
+    memory. FLOPs are those of the phase, or the mean over the plan's steps; an open last phase ends at `num_steps`, and counts alone without it.
     `anatomy` may have the plan's adapters in place or not; `dtype_bytes` is that of weights and gradients (2 or 4);
     `sequence_length` is in positions. UserError for a stage, a world size or an offload that does not exist.
     """
@@ -126,7 +126,7 @@ def estimate(
         return {**held, "parked": parked, "trainable": trained}
 
     chosen = _distinct(plan, count) if phase is None else [(phase, _idle(plan, phase, count))]
-    held = max((bytes_of(*pair) for pair in chosen), key=_on_device)
+    held = max((bytes_of(*pair) for pair in chosen), key=lambda held: (_on_device(held), held["on_host"]))
     forward, backward = _mean_flops(adapted, plan if phase is None else _only(plan, phase), sequence_length, num_steps)
     return Estimate(
         **held,

@@ -231,12 +231,13 @@ def _title(anatomy: Anatomy, plan: FreezePlan) -> str:
 
 def _figures(cost: Estimate) -> Iterator[str]:
     states = cost.masters + cost.optimizer_state
-    host = f", {gib(cost.on_host)} of them on the host" if cost.on_host else ""
     yield f"trainable        {million(cost.trainable)} of {million(cost.total)} parameters ({cost.percent:.2f} %)"
     yield f"optimizer state  {gib(states)} a rank ({gib(cost.masters)} masters + {gib(cost.optimizer_state)} moments)"
     if cost.parked:
         yield f"parked state     {gib(cost.parked)} a rank, of tensors that trained before and wait"
-    yield f"weights          {gib(cost.weights)} a rank, gradients {gib(cost.gradients)}{host}"
+    yield f"weights          {gib(cost.weights)} a rank, gradients {gib(cost.gradients)}"
+    if cost.on_host:
+        yield f"in host memory   {gib(cost.on_host)} of all these"
     yield (
         f"FLOPs per token  {_si(cost.flops_per_token)} (forward {_si(cost.forward_flops)}, "
         f"backward {_si(cost.backward_flops)})"

@@ -222,6 +222,17 @@ class TestAgainstDeepSpeedsEstimator:
         assert (cost.optimizer_state, cost.gradients) == (8 * 262_656, 4 * 262_656)
 
 
+@pytest.mark.parametrize(("state", "on_host"), [("offload", True), ("clear", True), ("keep", False)])
+def test_a_plan_that_moves_is_priced_with_all_that_waits(state, on_host):
+    """Oracle: three equal layers of four wait when the last takes its turn: 12 bytes an element in bf16, the master's 4 where the
+    rest is cleared; on the host every phase holds as much on the device, so the last one is told."""
+    anatomy = anatomies.llama(depth=4)
+    plan = make_plan(anatomy, FreezeOptions(strategy="badam", switch_every=10, state=state), 40)
+    cost = estimate(anatomy, plan, dtype_bytes=2)
+    assert cost.parked == 3 * anatomy.blocks[0].numel * (4 if state == "clear" else 12)
+    assert cost.on_host == (cost.parked if on_host else 0)
+
+
 def test_adapters_in_place_or_not_give_one_price():
     plan = plan_of(TOY, strategy="lora")
     assert estimate(TOY, plan) == estimate(plan.adapted(TOY), plan)
