@@ -2,7 +2,7 @@
 # Set up and launch dsfreeze.
 #   ./launch.sh                                     install, then the quickstart
 #   ./launch.sh test [pytest options]               install what tests need, then lint, types, tests
-#   ./launch.sh [launcher options] recipe.yaml [key=value ...]    train a recipe with the deepspeed launcher
+#   ./launch.sh [analyze] [launcher options] recipe.yaml [key=value ...]    train, or analyze, with the deepspeed launcher
 # Every option of the deepspeed launcher passes through: --num_gpus --num_nodes --hostfile --include --master_port ...
 # Environment: PYTHON (python3), DSFREEZE_VENV (.venv), OMP_NUM_THREADS.
 set -euo pipefail
@@ -44,9 +44,9 @@ case ${1:-} in
     exec "$python" -m pytest "$@" ;;
 esac
 
-launcher=()
+verb=train launcher=(); if [[ $1 == analyze ]]; then verb=analyze; shift; fi
 while [[ $# -gt 0 && $1 != *.yaml && $1 != *.yml ]]; do launcher+=("$1"); shift; done
-[[ $# -gt 0 ]] || { echo "No recipe given. Usage: ./launch.sh [launcher options] recipe.yaml [key=value ...]" >&2; exit 2; }
+[[ $# -gt 0 ]] || { echo "No recipe given. Usage: ./launch.sh [analyze] [launcher options] recipe.yaml [key=value ...]" >&2; exit 2; }
 install models
 # Without a GPU the deepspeed launcher cannot count devices: one rank, unless told otherwise.
 chosen=no
@@ -57,4 +57,4 @@ if [[ $chosen == no ]] && ! { command -v nvidia-smi || command -v rocm-smi; } >/
   echo "No GPU found: one rank. For more: ./launch.sh --num_accelerators 2 $1" >&2
   launcher+=(--num_accelerators 1)
 fi
-exec "$python" -m dsfreeze.supervise deepspeed.launcher.runner ${launcher[@]+"${launcher[@]}"} --module dsfreeze train "$@"
+exec "$python" -m dsfreeze.supervise deepspeed.launcher.runner ${launcher[@]+"${launcher[@]}"} --module dsfreeze $verb "$@"

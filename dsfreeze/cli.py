@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -169,9 +169,10 @@ def _deepspeed_config(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
         note = f"bucket sizes are upper bounds, a run takes no more than its plan trains; the model could not be read: {why}"
         return deepspeed_config(recipe, world_size), [note]
     from dsfreeze.engine.process import engine_config
+    from dsfreeze.setting import setting_of
     from dsfreeze.strategies import make_plan
 
-    freeze_plan = make_plan(anatomy, recipe.freeze, _num_steps(recipe))
+    freeze_plan = make_plan(anatomy, recipe.freeze, _num_steps(recipe), setting_of(recipe, world_size))
     return engine_config(recipe, freeze_plan, freeze_plan.adapted(anatomy), world_size), list(notes)
 
 
@@ -184,20 +185,15 @@ def plan(
     """Show what a freeze plan trains and costs, before anything runs."""
     from dsfreeze.estimate import estimate
     from dsfreeze.picture import draw, plan_as_dict
+    from dsfreeze.setting import setting_of
     from dsfreeze.strategies import make_plan
-    from dsfreeze.zero_config import deepspeed_config, is_local, offload_of, stage_of
 
     recipe = read_words(words)
     anatomy, notes = _anatomy(recipe)
-    freeze_plan = make_plan(anatomy, recipe.freeze, _num_steps(recipe))
+    setting = setting_of(recipe, world_size)
+    freeze_plan = make_plan(anatomy, recipe.freeze, _num_steps(recipe), setting)
     freeze_plan = replace(freeze_plan, notes=(*freeze_plan.notes, *notes))
-    config = None if is_local(recipe) else deepspeed_config(recipe, world_size)
-    cost = estimate(
-        freeze_plan.adapted(anatomy), freeze_plan,
-        stage=stage_of(config) if config else 0, world_size=world_size,
-        dtype_bytes=2 if recipe.train.bf16 else 4, offload=bool(config and offload_of(config)),
-        sequence_length=recipe.data.max_length, num_steps=_num_steps(recipe),
-    )  # fmt: skip
+    cost = estimate(freeze_plan.adapted(anatomy), freeze_plan, num_steps=_num_steps(recipe), **asdict(setting))
     if as_json:
         _print_json(plan_as_dict(anatomy, freeze_plan, cost))
     else:
@@ -229,6 +225,33 @@ def _num_labels(recipe: Recipe) -> tuple[int, tuple[str, ...]]:
     if known or recipe.task not in ("classification", "tokens"):
         return known or 2, ()
     return 2, ("the head is taken to have 2 labels, for the data are not read here; data.num_labels sets their number",)
+
+
+@app.command()
+def analyze(words: Words = None, as_json: AsJson = False) -> int:
+    """Say where to fine-tune: how much each layer matters, how sure that is, and what to train within a budget."""
+    from dsfreeze.analyze import FIGURE, SCORES_FILE
+    from dsfreeze.analyze import analyze as analyze_recipe
+
+    recipe = read_words(words)
+    content = analyze_recipe(recipe, Console(stderr=True))
+    if not _is_leader():
+        return 0
+    from dsfreeze.analyze.figure import draw_figure
+    from dsfreeze.tables import scores_table
+
+    folder = Path(recipe.analyze.output_dir)
+    missing = draw_figure(content, folder / FIGURE)
+    if as_json:
+        _print_json(content)
+        return 0
+    _show(scores_table(content))
+    for source, reason in content["left_out"].items():
+        _say(f"left out: {source}. {_escape(reason)}")
+    advice = content["recommendation"]
+    _write("\n".join(["", advice["sentence"], *advice.get("told", ()), "", advice.get("recipe", "")]))
+    _say(f"wrote {_escape(str(folder / SCORES_FILE))}" + (f"; no figure: {missing}" if missing else f" and {FIGURE}"))
+    return 0
 
 
 @app.command()

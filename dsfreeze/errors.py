@@ -16,4 +16,4 @@ def did_you_mean(name: str, valid: Iterable[str], *, how_many_listed: int = 30) 
     valid = list(dict.fromkeys(valid))
     near = get_close_matches(str(name), valid, n=1, cutoff=0.5)
     hint = f" Did you mean '{near[0]}'?" if near else ""
-    return hint + (f" Valid: {', '.join(valid)}." if len(valid) <= how_many_listed else "")
+    return hint + (f" Valid: {', '.join(valid)}." if 0 < len(valid) <= how_many_listed else "")

@@ -50,6 +50,7 @@ from dataclasses import dataclass, replace
 from dsfreeze.anatomy import ATTENTION, Anatomy, Layer, Tensor
 from dsfreeze.errors import UserError
 from dsfreeze.plan import FreezePlan, Phase
+from dsfreeze.setting import Setting
 
 #: Where a tensor's product happens: (index of the layer, order within it).
 Place = tuple[int, float]
@@ -136,6 +137,12 @@ def estimate(
         full_forward_flops=full_forward,
         full_backward_flops=full_backward,
     )
+
+
+def bytes_on_device(total: int, trained: int, setting: Setting) -> int:
+    """Bytes of model states on one rank's device when `trained` of `total` elements train from the start."""
+    held = _bytes(total, trained, setting.stage, setting.world_size, setting.dtype_bytes, setting.offload)
+    return _on_device({**held, "parked": 0})
 
 
 def _idle(plan: FreezePlan, phase: Phase, count: Callable[[Iterable[str]], int]) -> int:

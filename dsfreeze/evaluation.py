@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from dsfreeze import metrics
-from dsfreeze.data.examples import IGNORED, Batch, Examples, TaskData, pad_id, pad_inputs
+from dsfreeze.data.examples import IGNORED, Batch, TaskData, pad_id, pad_inputs
 from dsfreeze.errors import UserError
+from dsfreeze.progress import Watch
 
 if TYPE_CHECKING:
     from dsfreeze.engine import Engine
     from dsfreeze.recipe import Recipe
 
+T = TypeVar("T")
 #: Of one example: loss summed over its items, items, truth, guess.
 Judged = tuple[float, int, Any, Any]
 
@@ -33,10 +35,11 @@ def evaluate(engine: Engine, task_data: TaskData, recipe: Recipe) -> dict[str, f
     if examples is None:
         raise UserError("There is nothing to evaluate on: data.eval is empty.")
     size = recipe.train.per_device_eval_batch_size
-    judge = _judge_number if task_data.num_labels == 1 else _JUDGES[task_data.task]
-    judged = _over_all(
-        engine, examples.num_tokens, size, lambda chosen: _judge(engine, task_data, examples, chosen, judge)
-    )
+
+    def run(chosen: np.ndarray) -> list[Judged]:
+        return _judge(engine, task_data, task_data.collate([examples[index] for index in chosen]))
+
+    judged = over_all(engine, examples.num_tokens, size, run)
     items = sum(row[1] for row in judged)
     texts: Sequence[str] = ()
     references: Sequence[str] = ()
@@ -53,7 +56,9 @@ def evaluate(engine: Engine, task_data: TaskData, recipe: Recipe) -> dict[str, f
     return metrics.compute(task_data.metrics, outcome)
 
 
-def _over_all(engine: Engine, lengths: np.ndarray, size: int, run: Callable[[np.ndarray], list[Any]]) -> list[Any]:
+def over_all(
+    engine: Engine, lengths: np.ndarray, size: int, run: Callable[[np.ndarray], list[T]], watch: Watch[Any] = iter
+) -> list[T]:
     """`run` on batches of `size` indices, dealt to the ranks; its results of all ranks, one per index, in index order.
 
     Batches hold examples of like length, the longest first: little padding, and too little memory shows at once.
@@ -61,7 +66,7 @@ def _over_all(engine: Engine, lengths: np.ndarray, size: int, run: Callable[[np.
     order = np.argsort(-lengths, kind="stable")
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     mine: list[tuple[int, Any]] = []
-    for chosen, counts in deal(batches, engine.rank, engine.world_size):
+    for chosen, counts in watch(list(deal(batches, engine.rank, engine.world_size))):
         results = run(chosen)
         if counts:
             mine += zip(chosen.tolist(), results, strict=True)
@@ -79,15 +84,14 @@ def deal(batches: Sequence[np.ndarray], rank: int, world_size: int) -> Iterator[
 # -- from logits ---------------------------------------------------------------------------------------------------
 
 
-def _judge(
-    engine: Engine,
-    task_data: TaskData,
-    examples: Examples,
-    chosen: np.ndarray,
-    judge: Callable[[torch.Tensor, torch.Tensor], Judged],
-) -> list[Judged]:
+def losses_of(engine: Engine, task_data: TaskData, batch: Batch) -> list[float]:
+    """The mean loss of each example of a batch, by one forward pass (collective at stage 3)."""
+    return [loss / max(items, 1) for loss, items, _, _ in _judge(engine, task_data, batch)]
+
+
+def _judge(engine: Engine, task_data: TaskData, batch: Batch) -> list[Judged]:
     """One forward pass; the logits are judged example by example, on the device, in fp32."""
-    batch = task_data.collate([examples[index] for index in chosen])
+    judge = _judge_number if task_data.num_labels == 1 else _JUDGES[task_data.task]
     labels = batch["labels"]
     if (
         task_data.task != "seq2seq"
@@ -158,4 +162,4 @@ def _generate_all(
         return tokenizer.batch_decode(answers.cpu(), skip_special_tokens=True)
 
     lengths = np.asarray([len(ids) for ids in prompts.input_ids])
-    return _over_all(engine, lengths, size, run), prompts.references
+    return over_all(engine, lengths, size, run), prompts.references

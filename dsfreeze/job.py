@@ -15,7 +15,8 @@ from dsfreeze.data import TaskData, num_steps_of, prepare
 from dsfreeze.engine.ranks import read_ranks
 from dsfreeze.model import add_adapters, base_hash, load_model, load_tokenizer, read_anatomy
 from dsfreeze.plan import FreezePlan
-from dsfreeze.recipe import Recipe
+from dsfreeze.recipe import ModelOptions, Recipe
+from dsfreeze.setting import setting_of
 from dsfreeze.strategies import make_plan
 
 
@@ -45,11 +46,13 @@ def load_task(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, TaskData, nn.Mod
     """Tokenizer, tokenised examples and the model with the head the task needs (fresh heads seeded by train.seed)."""
     tokenizer = load_tokenizer(recipe.model)
     data = prepare(recipe, tokenizer)
+    return tokenizer, data, task_module(recipe, data, recipe.model)
+
+
+def task_module(recipe: Recipe, data: TaskData, model: ModelOptions) -> nn.Module:
+    """A model with the head that the recipe's task needs."""
     dtype = torch.bfloat16 if recipe.train.bf16 else torch.float32
-    module = load_model(
-        recipe.model, recipe.task, data.num_labels, labels=data.labels, dtype=dtype, seed=recipe.train.seed
-    )
-    return tokenizer, data, module
+    return load_model(model, recipe.task, data.num_labels, labels=data.labels, dtype=dtype, seed=recipe.train.seed)
 
 
 def prepare_job(recipe: Recipe, num_steps: int | None = None) -> Job:
@@ -59,7 +62,8 @@ def prepare_job(recipe: Recipe, num_steps: int | None = None) -> Job:
     """
     tokenizer, data, module = load_task(recipe)
     plain = read_anatomy(module, recipe.model.name)
-    plan = make_plan(plain, recipe.freeze, num_steps or _num_steps(recipe, data))
+    setting = setting_of(recipe, read_ranks().world_size)
+    plan = make_plan(plain, recipe.freeze, num_steps or _num_steps(recipe, data), setting)
     base = Base(recipe.model.name, base_hash(module), plain.digest)
     if plan.adapter is not None:
         add_adapters(module, plan.adapter, seed=recipe.train.seed)

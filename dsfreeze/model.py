@@ -294,6 +294,7 @@ def _report_keys(options: ModelOptions, module: nn.Module, info: dict[str, Any])
             f"The weights of '{options.name}' do not fit its config.json: {_some(wrong)} have another shape."
         )
     missing = sorted(set(info["missing_keys"]) - head)
+    module.has_fresh_head = bool(head & {*info["missing_keys"], *mismatched})
     blocks = {t.name for layer in anatomy.blocks for t in layer.tensors}
     if blocks <= set(missing):
         raise UserError(

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+T = TypeVar("T")
+#: Goes through a sequence and shows how far it has come.
+Watch = Callable[[Sequence[T]], Iterable[T]]
 
 
 class StepBar:
@@ -13,11 +27,8 @@ class StepBar:
 
     def __init__(self, console: Console, total: int, done: int, every: int, *, shown: bool) -> None:
         self.console, self.total, self.every, self.shown = console, total, every, shown
-        columns = (
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
-        )  # fmt: skip
-        self.bar = Progress(*columns, console=console, disable=not (shown and console.is_terminal))
+        figures = TextColumn("{task.fields[figures]}")
+        self.bar = Progress(*_columns(), figures, console=console, disable=not (shown and console.is_terminal))
         self.task = self.bar.add_task("training", total=total, completed=done, figures="")
 
     def __enter__(self) -> StepBar:
@@ -34,3 +45,22 @@ class StepBar:
         self.bar.update(self.task, completed=step, figures=figures)
         if self.shown and not self.console.is_terminal and (step % self.every == 0 or step == self.total):
             self.console.print(f"step {step}/{self.total}  {figures}", highlight=False)
+
+
+def watched(console: Console, description: str) -> Watch[T]:
+    """A bar with ETA over what is gone through; where the console is no terminal, a line at the start."""
+
+    def through(sequence: Sequence[T]) -> Iterable[T]:
+        if not console.is_terminal:
+            console.print(f"{description}: {len(sequence)} rounds", highlight=False)
+        with Progress(*_columns(), console=console, disable=not console.is_terminal) as bar:
+            yield from bar.track(sequence, description=description)
+
+    return through
+
+
+def _columns() -> Iterable[ProgressColumn]:
+    return (
+        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("ETA"), TimeRemainingColumn(),
+    )  # fmt: skip

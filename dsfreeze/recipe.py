@@ -14,11 +14,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails
 
+from dsfreeze.budget import parse_limit
+
 OPTIMIZERS = ("adamw_torch",)
 TASKS = ("classification", "tokens", "causal_lm", "sft", "seq2seq")
 Task = Literal["classification", "tokens", "causal_lm", "sft", "seq2seq"]
 Strategy = Literal[
-    "full", "head", "bottom", "top", "interval", "random", "middle", "ranked", "patterns",
+    "full", "head", "bottom", "top", "interval", "random", "middle", "ranked", "budget", "salf", "patterns",
     "bitfit", "norms", "attention", "lora", "dora",
     "lisa", "badam", "hift", "owlore", "sweep", "gradual_unfreezing", "freezeout", "step_ranges",
     "adt_h", "adt_l", "autofreeze", "tang_like", "egeria_like", "smartfrz", "adagradselect", "grass", "blockllm",
@@ -26,6 +28,16 @@ Strategy = Literal[
 #: A list of texts; a single one may stand alone.
 Texts = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def _limit_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    raise ValueError(f"{value!r} alone is no limit; write a share of full tuning such as 0.5x, 50% or -40%")
+
+
+#: Limits of what may train, by what they limit.
+Limits = dict[Literal["memory", "time", "flops", "trainable"], Annotated[str, BeforeValidator(_limit_text)]]
 
 #: What a file of scores looks like, for messages.
 SCORES_FORM = '{"scores": {"layers.0": 0.12, ...}}'
@@ -45,9 +57,19 @@ FREEZE_KEYS: dict[str, tuple[str, ...]] = {
     "count": (*_BY_NUMBER, *_ADT, "full", "head"),
     "round": (*_BY_FRACTION, *_ADT),
     "offset": ("interval",),
-    "granularity": (*_BY_NUMBER, *_ROTATING, "sweep"),
+    "granularity": (*_BY_NUMBER, *_ROTATING, "sweep", "budget"),
     "seed": ("random", *_ROTATING, "adagradselect", "grass", "blockllm"),
-    "scores": ("ranked", "owlore"),
+    "scores": ("ranked", "owlore", "budget", "salf"),
+    "score": ("ranked", "owlore", "budget"),
+    "budget": ("budget",),
+    "trace": ("salf",),
+    "gain": ("salf",),
+    "tau": ("salf",),
+    "cut": ("salf",),
+    "min_layers": ("salf",),
+    "max_layers": ("salf",),
+    "padding": ("salf",),
+    "flat": ("salf",),
     "trainable": ("patterns",),
     "frozen": ("patterns",),
     "unfrozen_parameters": ("patterns",),
@@ -227,8 +249,30 @@ class FreezeOptions(Section):
     seed: Seed = 42
     """random, lisa, owlore, badam, hift, adagradselect, grass, blockllm: seed of the draws."""
     scores: Path | None = None
-    """A JSON file of scores, {"scores": {"layers.0": 0.12, ...}}. ranked: the lowest-scored units are frozen; owlore:
-    the weights of the draw."""
+    """A JSON file of scores, as `dsfreeze analyze` writes it, or {"scores": {"layers.0": 0.12, ...}}. ranked: the
+    lowest-scored units are frozen; owlore: the weights of the draw; budget: what each unit brings; salf: its traces."""
+    score: str | None = None
+    """Which of the scores that `dsfreeze analyze` took; None takes the file's own choice."""
+    budget: Limits | None = None
+    """budget: limits that the set keeps, such as {flops: -40%}: shares of full tuning (0.5x, 50%, -40%), or, of memory on a
+    rank, 40GiB, and of trainable parameters, 10M. `time` is taken as FLOPs (ours)."""
+    trace: str = "deviation"
+    """salf: which of the analyzed traces."""
+    gain: Literal["a", "b", "c", "d"] = "a"
+    """salf: formula of a layer's gain: a the plain reduction of the deviation, b of its logarithm, c the local exponent, d
+    the share of the whole, summed up to `tau` (the published one is unknown; all four are ours)."""
+    tau: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """salf with gain d: share of the reduction that lies in the frozen layers."""
+    cut: Literal["median", "mode", "q25"] = "median"
+    """salf: the calibration examples' ends of freezing become one by their median, their mode or their lower quartile."""
+    min_layers: Annotated[int, Field(ge=1)] = 1
+    """salf: at least so many layers train."""
+    max_layers: Annotated[int, Field(ge=1)] | None = None
+    """salf: the budget: at most so many layers train."""
+    padding: Literal["none", "fill"] = "none"
+    """salf: with `max_layers`, fill trains exactly so many even where fewer would do."""
+    flat: Literal["min_layers", "train_all"] = "min_layers"
+    """salf: what an example trains whose deviation never changes."""
     trainable: Texts | None = None
     """patterns: globs on whole path components (`layers.1.*` never means layers.10); what they match trains, the rest
     is frozen."""
@@ -308,6 +352,11 @@ class FreezeOptions(Section):
     patience: Annotated[int, Field(ge=1)] = 100
     """blockllm: losses whose mean must not exceed that of all since the last switch."""
 
+    @field_validator("budget")
+    @classmethod
+    def _limits(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        return value and _parsed(value)
+
     @model_validator(mode="before")
     @classmethod
     def _patterns_imply_their_strategy(cls, values: Any) -> Any:
@@ -325,7 +374,20 @@ class FreezeOptions(Section):
         if self.count is not None and self.round != "floor":
             raise ValueError("round is about a fraction of the units, and count is a whole number; keep one")
         if self.strategy in FREEZE_KEYS["scores"] and self.scores is None:
-            raise ValueError(f"strategy '{self.strategy}' needs freeze.scores, a JSON file such as {SCORES_FORM}")
+            raise ValueError(
+                f"strategy '{self.strategy}' needs freeze.scores, a file that `dsfreeze analyze` writes, or JSON such as "
+                f"{SCORES_FORM}"
+            )
+        if self.strategy == "budget" and not self.budget:
+            raise ValueError("strategy 'budget' needs freeze.budget, such as {flops: -40%} or {memory: 40GiB}")
+        if self.strategy == "budget" and (self.granularity in ("category", "bias") or self.adapter is not None):
+            raise ValueError(
+                "strategy 'budget' chooses among whole layers or matrices: granularity layer or matrix, no adapter"
+            )
+        if self.max_layers is not None and self.max_layers < self.min_layers:
+            raise ValueError(
+                f"max_layers is {self.max_layers} and min_layers {self.min_layers}; the most is not the least"
+            )
         named = self.trainable or self.frozen or self.unfrozen_parameters or self.freeze_trainable_layers is not None
         if self.strategy == "patterns" and not named:
             raise ValueError("strategy 'patterns' needs freeze.trainable or freeze.frozen, a list of patterns")
@@ -447,6 +509,64 @@ class TrainOptions(Section):
         return value
 
 
+class AnalyzeOptions(Section):
+    """What `dsfreeze analyze` measures, on how much data, and what it recommends."""
+
+    scores: Texts | None = None
+    """Scores or families of scores (change, deviation, gradient, spectrum, similarity) to take; None takes all that the
+    model and the task allow."""
+    num_examples: Annotated[int, Field(ge=2)] = 64
+    """Training examples to calibrate on, drawn by a hash of their content."""
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """Examples of a batch, over all ranks where it is trained on."""
+    seed: Seed = 42
+    """Of the sample, the halves that stability is told by, and the random basis."""
+    output_dir: Path = Path("runs/analysis")
+    """Where scores.json, scores.png and the recipe go."""
+    recommend: str = "greentrainer"
+    """The score that the recommendation rests on, and that `freeze.scores` takes from the file unless it is told."""
+    budget: Limits = {"flops": "50%"}
+    """Limits that the recommendation keeps; see freeze.budget."""
+    final_norm: Literal["apply", "fold", "none"] = "apply"
+    """deviation: states pass through what follows the last layer (apply), or are compared as they are, with the final norm's
+    gain folded into the label's basis (fold) or without it (none)."""
+    targets: Literal["average", "vote"] = "average"
+    """deviation: an example's answer positions are averaged, or each has a trace of its own."""
+    positions: Annotated[int, Field(ge=1)] = 4
+    """deviation: at most so many answer positions of an example, evenly spread."""
+    ablation: Literal["skip", "reset"] = "skip"
+    """ablation: a layer is skipped, or its matrices are drawn anew."""
+    ablation_examples: Annotated[int, Field(ge=2)] = 16
+    """ablation: on so many of the examples, since it costs about L / 2 forward passes."""
+    probe_steps: Annotated[int, Field(ge=1)] = 5
+    """change: training steps of each of the two probes."""
+    gate_steps: Annotated[int, Field(ge=1)] = 10
+    """ila: steps of fitting the gates."""
+    gate_learning_rate: Annotated[float, Field(gt=0)] = 0.5
+    """ila: Adam's learning rate for the gates' logits."""
+    splits: Annotated[int, Field(ge=1)] = 20
+    """Random halvings of the calibration data whose mean agreement is a score's stability."""
+    reference: str | None = None
+    """similarity: a model of the same layers to compare states with: a hub id, a folder or an embedded model."""
+    checkpoint: Path | None = None
+    """A checkpoint-N of a run of this model, whose weights are analyzed instead."""
+    drift_from: Path | None = None
+    """An earlier scores.json: how far rankings and ends of freezing have moved since."""
+
+    @field_validator("budget")
+    @classmethod
+    def _limits(cls, value: dict[str, str]) -> dict[str, str]:
+        if not value:
+            raise ValueError("has no limit; write one such as {flops: 50%}")
+        return _parsed(value)
+
+
+def _parsed(limits: dict[str, str]) -> dict[str, str]:
+    for kind, text in limits.items():
+        parse_limit(kind, text)
+    return limits
+
+
 class Recipe(Section):
     """One run, as its user asks for it."""
 
@@ -463,6 +583,8 @@ class Recipe(Section):
     """A name under ds_configs/, a path to a DeepSpeed JSON, or `local`: plain PyTorch in one process."""
     train: TrainOptions = TrainOptions()
     """How it is trained."""
+    analyze: AnalyzeOptions = AnalyzeOptions()
+    """How `dsfreeze analyze` looks for where to fine-tune."""
 
     @field_validator("model", mode="before")
     @classmethod

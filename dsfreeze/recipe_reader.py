@@ -23,7 +23,8 @@ SECTIONS: dict[Key, type[Section]] = dict(sections())
 #: Keys whose text may be a path; `locate` says from where it counts.
 PATHS: tuple[Key, ...] = (
     ("model", "name"), ("data", "train"), ("data", "eval"), ("freeze", "scores"), ("zero",),
-    ("train", "resume_from_checkpoint"), ("train", "output_dir"),
+    ("train", "resume_from_checkpoint"), ("train", "output_dir"), ("analyze", "output_dir"), ("analyze", "reference"),
+    ("analyze", "checkpoint"), ("analyze", "drift_from"),
 )  # fmt: skip
 #: Other trainers' spellings of keys, and the strategy that each implies.
 PEERS: dict[Key, tuple[Key, str]] = {
@@ -190,9 +191,13 @@ def _locate(draft: Draft, key: Key) -> None:
     text = holder.get(key[-1]) if isinstance(holder, dict) else None
     if not isinstance(text, str):
         return
-    from_file = draft.place(key) != COMMAND_LINE and key != ("train", "output_dir")
+    from_file = draft.place(key) != COMMAND_LINE and key[-1] != "output_dir"
     # a bare word is a listed model or ds_config before it is a file beside the recipe
-    bare = key in (("model", "name"), ("zero",)) and "/" not in text and not text.endswith((".json", ".gguf"))
+    bare = (
+        key in (("model", "name"), ("analyze", "reference"), ("zero",))
+        and "/" not in text
+        and not text.endswith((".json", ".gguf"))
+    )
     holder[key[-1]] = locate(text, draft.folder if from_file and not bare else None)
 
 
@@ -242,7 +247,8 @@ def _wording(key: Key, problem: Any) -> str:
         keys = ", ".join(SECTIONS[_plain(key)].model_fields)
         return f"is {_shown(value)}; it is a section with the keys {keys}"
     if kind == "literal_error":
-        return f"is {_shown(value)}.{did_you_mean(str(value), choices_of(annotation))}"
+        space = " A colon is followed by a space." if ":" in str(value) else ""
+        return f"is {_shown(value)}.{space}{did_you_mean(str(value), choices_of(annotation))}"
     if isinstance(key[-1], int):
         annotation, metadata = item_type(annotation), []
     words = type_words(annotation, metadata)

@@ -8,6 +8,8 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
+from dsfreeze.ranking import STABLE
+
 
 def gib(num_bytes: float) -> str:
     """Bytes as a figure with a unit a person reads (powers of 1024)."""
@@ -56,6 +58,32 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     rows += [(key, summary[key]) for key in ("record", "model") if summary[key]]
     for row in rows:
         table.add_row(*row)
+    return table
+
+
+def scores_table(content: Mapping[str, Any]) -> Table:
+    """An analysis: of each score the layers that matter most and least, its stability, and where it comes from."""
+    table = Table(
+        title=f"where to fine-tune {content['model']['name']}", title_justify="left", box=SIMPLE, pad_edge=False
+    )
+    for name in ("score", "most", "least", "rho"):
+        table.add_column(name, no_wrap=name == "score", justify="right" if name == "rho" else "left")
+    for name, found in content["all"].items():
+        layers = {key.partition(".")[2]: value for key, value in found["scores"].items() if key.startswith("layers.")}
+        ranked = sorted(layers, key=lambda key: -layers[key])
+        rho = found["spearman"]
+        stable = "no data" if rho is None else f"{rho:.2f}" if rho >= STABLE else f"[bold red]{rho:.2f}[/]"
+        shown = f"[bold]{name}[/]" if name == content["score"] else name
+        table.add_row(shown, " ".join(ranked[:6]), " ".join(ranked[:-5:-1]), stable)
+    seconds = ", ".join(f"{source} {cost['seconds']:.1f}" for source, cost in content["passes"].items())
+    cuts = content["cuts"]
+    ends = "; ".join(f"{gain.upper()} {c['dataset']['median']} ({c['agreement']:.0%} as A)" for gain, c in cuts.items())
+    table.caption = (
+        f"rho: rank agreement between halves of {content['data']['num_examples']} examples; red below {STABLE}\n"
+        + (f"freezing ends after layer (SALF, by gain): {ends}\n" if cuts else "")
+        + f"selection took {content['seconds']:.1f} s: {seconds}"
+    )
+    table.caption_justify = "left"
     return table
 
 

@@ -15,6 +15,7 @@ import torch
 from dsfreeze.engine import Engine
 from dsfreeze.errors import UserError
 from dsfreeze.job import Job
+from dsfreeze.scores.similarity import linear_cka, plasticity
 from dsfreeze.strategies.evidence import Change, Evidence, Gradient, Measure, Similarity
 
 #: Examples of the probe batch, and positions of its hidden states that are compared (ours).
@@ -105,19 +106,3 @@ class Tracker:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._losses, self._rate = list(state["losses"]), state["rate"]
         self._gradients = {name: Gradient(**value) for name, value in state["gradients"].items()}
-
-
-def linear_cka(one: torch.Tensor, other: torch.Tensor) -> float:
-    """||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F) of (n, d) activations, columns centred (Kornblith et al., arXiv 1905.00414)."""
-    x, y = ((t.double() - t.double().mean(0)) for t in (one, other))
-    # n x n kernels: n is the probe's sample, smaller than d in any large model
-    k, m = x @ x.T, y @ y.T
-    scale = float(k.norm() * m.norm())
-    return float((k * m).sum()) / scale if scale else 1.0
-
-
-def plasticity(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Similarity-preserving loss ||A - B||_F^2 / n^2 with A, B the row-normalised n x n Gram matrices (Egeria, arXiv
-    2201.06227, after Tung and Mori, arXiv 1907.09682)."""
-    a, b = (torch.nn.functional.normalize(t.double() @ t.double().T, dim=1) for t in (one, other))
-    return float((a - b).square().sum()) / len(a) ** 2

@@ -19,10 +19,10 @@ import yaml
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.errors import UserError
 from dsfreeze.plan import FreezePlan
+from dsfreeze.ranking import spearman
 from dsfreeze.recipe import FREEZE_KEYS, FreezeOptions
 from dsfreeze.strategies import ADAPTIVE, STRATEGIES, make_plan
 from dsfreeze.strategies.adaptive import needs
-from dsfreeze.strategies.adaptive.adt import spearman
 from dsfreeze.strategies.adaptive.autofreeze import percentile
 from dsfreeze.strategies.adaptive.common import draw
 from dsfreeze.strategies.adaptive.grass import probabilities, scaled

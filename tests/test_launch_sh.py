@@ -68,6 +68,12 @@ def test_words_reach_the_launcher_as_they_are(checkout):
     assert checkout.calls() == [[*TRAIN, *words[:4], *MODULE, *words[4:]]]
 
 
+def test_a_recipe_can_be_analyzed(checkout):
+    checkout.run("analyze", "--num_gpus", "2", "my recipe.yaml", "analyze.scores=change")
+    words = ["--module", "dsfreeze", "analyze", "my recipe.yaml", "analyze.scores=change"]
+    assert checkout.calls() == [[*TRAIN, "--num_gpus", "2", *words]]
+
+
 def test_without_a_gpu_one_rank_is_chosen_and_told(checkout):
     done = checkout.run("--master_port", "29501", "r.yml")
     assert checkout.calls() == [[*TRAIN, "--master_port", "29501", "--num_accelerators", "1", *MODULE, "r.yml"]]
@@ -96,7 +102,7 @@ def test_with_a_gpu_the_launcher_counts(checkout, tool):
 def test_no_recipe_is_a_mistake_with_the_usage(checkout, words):
     done = checkout.run(*words)
     assert done.returncode == 2
-    assert "Usage: ./launch.sh [launcher options] recipe.yaml" in done.stderr
+    assert "Usage: ./launch.sh [analyze] [launcher options] recipe.yaml" in done.stderr
     assert checkout.calls() == []
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shlex
 import time
 from pathlib import Path
 
@@ -274,7 +276,7 @@ def test_a_key_that_nothing_reads_is_a_mistake_with_its_line(written):
     """Oracle: the lines of UNREAD, counted by hand; `round: floor` is the default and says nothing."""
     header, *lines = told(written(UNREAD)).splitlines()
     expected = [(4, "data.prefix: task 'sft'", "seq2seq"), (5, "data.label: task 'sft'", "classification, tokens"),
-                (8, "freeze.scores: freeze.strategy 'bottom'", "ranked, owlore"),
+                (8, "freeze.scores: freeze.strategy 'bottom'", "ranked, owlore, budget, salf"),
                 (9, "freeze.offset: freeze.strategy 'bottom'", "interval"),
                 (10, "freeze.seed: freeze.strategy 'bottom'", "random, lisa, badam, hift, owlore, adagradselect, grass, blockllm")]  # fmt: skip
     assert header == f"{len(expected)} mistakes:"
@@ -299,6 +301,70 @@ def test_a_key_that_nothing_reads_is_a_mistake_with_its_line(written):
 )  # fmt: skip
 def test_keys_that_contradict_strategy_or_task(words, beginning):
     assert told(None, "model=m", *words).startswith(beginning)
+
+
+BUDGET = ["freeze.strategy=budget", "freeze.scores=s.json", "freeze.budget={flops: 50%}"]
+SALF = ["freeze.strategy=salf", "freeze.scores=s.json"]
+
+
+@pytest.mark.parametrize(
+    ("words", "beginning"),
+    [
+        (["freeze.budget={flops: 50%}"], "freeze.budget: freeze.strategy 'bottom' does not read it (only budget)."),
+        ([*SALF, "freeze.budget={flops: 50%}"], "freeze.budget: freeze.strategy 'salf' does not read it (only budget)."),
+        ([*SALF, "freeze.score=fisher"], "freeze.score: freeze.strategy 'salf' does not read it (only ranked, owlore, budget)."),
+        ([*SALF, "freeze.fraction=0.5"], "freeze.fraction: freeze.strategy 'salf' does not read it"),
+        *(([*BUDGET, f"freeze.{key}={value}"], f"freeze.{key}: freeze.strategy 'budget' does not read it (only salf).")
+          for key, value in (("trace", "logit_lens"), ("gain", "b"), ("tau", "0.5"), ("cut", "mode"), ("min_layers", "2"),
+                             ("max_layers", "2"), ("padding", "fill"), ("flat", "train_all"))),
+        (["freeze.strategy=budget", "freeze.budget={flops: 50%}"], "freeze: strategy 'budget' needs freeze.scores, a file that `dsfreeze analyze`"),
+        (["freeze.strategy=salf"], "freeze: strategy 'salf' needs freeze.scores, a file that `dsfreeze analyze`"),
+        (BUDGET[:2], "freeze: strategy 'budget' needs freeze.budget, such as {flops: -40%}"),
+        ([*BUDGET[:2], "freeze.budget={}"], "freeze: strategy 'budget' needs freeze.budget, such as {flops: -40%}"),
+        ([*BUDGET, "freeze.adapter={r: 4}"], "freeze: strategy 'budget' chooses among whole layers or matrices"),
+        ([*BUDGET, "freeze.granularity=bias"], "freeze: strategy 'budget' chooses among whole layers or matrices"),
+        ([*BUDGET, "freeze.granularity=category"], "freeze: strategy 'budget' chooses among whole layers or matrices"),
+        ([*SALF, "freeze.granularity=matrix"], "freeze.granularity: freeze.strategy 'salf' does not read it"),
+        ([*SALF, "freeze.min_layers=3", "freeze.max_layers=2"], "freeze: max_layers is 2 and min_layers 3; the most is not the least"),
+        ([*SALF, "freeze.min_layers=0"], "freeze.min_layers: is 0; it takes a whole number from 1 up"),
+        ([*SALF, "freeze.tau=0"], "freeze.tau: is 0; it takes a number above 0 to 1"),
+        ([*SALF, "freeze.gain=e"], "freeze.gain: is 'e'. Valid: a, b, c, d."),
+        ([*SALF, "freeze.cut=mean"], "freeze.cut: is 'mean'."),
+        ([*BUDGET[:2], "freeze.budget={flop: 50%}"], "freeze.budget: is 'flop'. Did you mean 'flops'? Valid: memory, time, flops, trainable."),
+        ([*BUDGET[:2], "freeze.budget={flops:50%}"], "freeze.budget: is 'flops:50%'. A colon is followed by a space. Did you mean"),
+        ([*BUDGET[:2], "freeze.budget={flops: 150%}"], "freeze.budget: flops: '150%' is 150 % of full tuning; write a share above"),
+        ([*BUDGET[:2], "freeze.budget={memory: 40}"], "freeze.budget: 40 alone is no limit; write a share of full tuning such as"),
+        ([*BUDGET[:2], "freeze.budget={memory: null}"], "freeze.budget: None alone is no limit; write a share"),
+        ([*BUDGET[:2], "freeze.budget={flops: 50%, time: soon}"], "freeze.budget: time: 'soon' is no limit; write a share of full tuning"),
+        ([*BUDGET[:2], f"freeze.budget={{flops: {'9' * 400}%}}"], "freeze.budget: flops: '999"),
+        ([*BUDGET[:2], "freeze.budget=50%"], "freeze.budget: is '50%'; it takes a mapping."),
+        (["analyze.budget={}"], "analyze.budget: has no limit; write one such as {flops: 50%}"),
+        (["analyze.budget={flops: 0%}"], "analyze.budget: flops: '0%' is 0 % of full tuning"),
+        (["analyze.budget={watts: 50%}"], "analyze.budget: is 'watts'. Valid: memory, time, flops, trainable."),
+        (["analyze.budget={flops: 0.5}"], "analyze.budget: 0.5 alone is no limit; write a share"),
+        (["analyze.num_examples=1"], "analyze.num_examples: is 1; it takes a whole number from 2 up"),
+        (["analyze.exampels=1"], "analyze.exampels: unknown key."),
+    ],
+)  # fmt: skip
+def test_budget_salf_and_analyze(words, beginning):
+    """Oracle: the key, and the strategies that read it by docs/methods/."""
+    assert told(None, "model=m", *words).startswith(f"command line: {beginning}")
+
+
+def test_limits_are_told_with_their_lines(written):
+    """Oracle: the lines, counted by hand."""
+    text = "model: m\nfreeze:\n  strategy: budget\n  scores: s.json\n  budget: {flops: 1}\nanalyze:\n  budget: {time: 2h}\n"
+    header, *lines = told(written(text)).splitlines()
+    assert header == "2 mistakes:"
+    assert "recipe.yaml:5: freeze.budget: 1 alone is no limit" in lines[0]
+    assert "recipe.yaml:7: analyze.budget: time: '2h' is no limit" in lines[1]
+
+
+def test_limits_are_read_as_they_are_written(written):
+    recipe = load_recipe(None, ["model=m", *BUDGET, "freeze.budget.memory=40 GiB", "analyze.budget={time: -40%}"])
+    assert recipe.freeze.budget == {"flops": "50%", "memory": "40 GiB"}
+    assert recipe.analyze.budget == {"time": "-40%"}
+    assert load_recipe(written(dump_yaml(recipe.model_dump(mode="json")))) == recipe
 
 
 def test_a_misspelt_strategy_or_task_makes_no_key_unread(written):
@@ -463,6 +529,23 @@ def test_what_is_dumped_is_read_back(value):
 def test_the_reference_page_is_up_to_date():
     """Oracle: the models. Mend with `python -m dsfreeze.recipe_reference > docs/recipe.md`."""
     assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == recipe_reference()
+
+
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+SHOWN = [
+    line
+    for page in PAGES
+    for line in page.read_text(encoding="utf-8").splitlines()
+    if re.match("dsfreeze [a-z]+ ", line)
+]
+
+
+@pytest.mark.parametrize("line", [line for line in SHOWN if "=" in line.partition("#")[0]])
+def test_overrides_that_the_pages_show_are_read(line):
+    """Oracle: the reader."""
+    words = [word for word in shlex.split(line, comments=True) if "=" in word]
+    assert words
+    load_recipe(None, ["model=minilm-l6", *words])
 
 
 def test_the_metrics_are_listed():

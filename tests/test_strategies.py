@@ -372,7 +372,17 @@ TOLD = {
     "state": {"state": "offload"}, "drop_master": {"drop_master": True, "state": "clear"}, "rewarmup_steps": {"rewarmup_steps": 3},
     "discriminative_factor": {"discriminative_factor": 2.6}, "t0": {"t0": 0.5}, "power": {"power": 1},
     "scale_rates": {"scale_rates": False}, "step_ranges": {"step_ranges": {"layers.0": 7}},
+    "score": {"score": "other"}, "budget": {"budget": {"flops": "75%"}}, "trace": {"trace": "early"}, "gain": {"gain": "c"},
+    "tau": {"tau": 0.2, "gain": "d"}, "cut": {"cut": "q25"}, "min_layers": {"min_layers": 3}, "max_layers": {"max_layers": 1},
+    "padding": {"padding": "fill", "max_layers": 3}, "flat": {"flat": "train_all", "trace": "flat"},
 }  # fmt: skip
+#: Ends of freezing 1, 2, 2, 3 by the plain gain, and 1, 3, 3, 3 by gain c; one layer on; and none.
+EARLY = [[1.0, 0.5, 0.45, 0.4, 0.38]] * 4
+TRACES = {
+    "deviation": [EARLY[0], [1.0, 0.9, 0.6, 0.4, 0.38], [1.0, 0.9, 0.6, 0.4, 0.38], [1.0, 0.95, 0.9, 0.5, 0.45]],
+    "early": EARLY,
+    "flat": [[1.0] * 5] * 4,
+}
 #: Read in order to say that they are not used (see test_a_number_that_means_nothing_is_said).
 SAID_UNUSED = {(strategy, key) for strategy in ("full", "head") for key in ("fraction", "count")}
 
@@ -384,11 +394,17 @@ def test_the_table_of_keys_is_what_strategies_do(strategy, tmp_path, monkeypatch
     anatomy = anatomies.bert(depth=4)
     for name, lowest in (("own", "layers.3"), ("scores", "layers.0")):
         scores = {layer.name: float(layer.name != lowest) for layer in anatomy.blocks}
-        (tmp_path / f"{name}.json").write_text(json.dumps({"scores": scores | dict.fromkeys(anatomy.by_name, 1.0)}))
+        other = {layer.name: 5.0 if layer.name == lowest else 1.0 for layer in anatomy.blocks}
+        content = {
+            "scores": scores | dict.fromkeys(anatomy.by_name, 1.0), "traces": TRACES if name == "own" else {**TRACES, "deviation": EARLY},
+            "all": {"other": {"scores": other | dict.fromkeys(anatomy.by_name, 1.0)}},
+        }  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
     required: dict = {
         "ranked": {"scores": Path("own.json")}, "patterns": {"trainable": ["layers.2"]},
         "owlore": {"scores": Path("own.json"), "active_layers": 2}, "hift": {"state": "keep"},
-        "step_ranges": {"step_ranges": {"layers.1": 5}},
+        "step_ranges": {"step_ranges": {"layers.1": 5}}, "salf": {"scores": Path("own.json")},
+        "budget": {"scores": Path("own.json"), "budget": {"flops": "90%"}},
     }.get(strategy, {})  # fmt: skip
     plain = FreezeOptions(strategy=strategy, **required)
     assert set(TOLD) == {key for key, readers in FREEZE_KEYS.items() if set(readers) - set(ADAPTIVE)}

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -87,6 +87,19 @@ class Engine(Protocol):
 
     def no_grad_forward(self, batch: Mapping[str, torch.Tensor], **options: Any) -> Any:
         """The module's output in eval mode without a graph (collective at stage 3)."""
+
+    def scan_gradients(
+        self, batch: Mapping[str, torch.Tensor], names: Iterable[str], take: Callable[[str, torch.Tensor], None]
+    ) -> float:
+        """Backward of the model's own mean loss over this rank's batch, before a phase is entered: `take(name, gradient)` gets
+        each named tensor's whole gradient as the pass reaches it, and none is kept. Returns the loss (collective at stage 3)."""
+
+    def read_weight(self, name: str) -> torch.Tensor:
+        """A full CPU copy of a parameter, on every rank (collective at stage 3)."""
+
+    def write_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put full CPU tensors in the model's dtype in place of the named parameters; every rank passes the same. Only for an
+        engine that does not train: optimizer and masters are left as they are."""
 
     def generate(self, batch: Mapping[str, torch.Tensor], **options: Any) -> torch.Tensor:
         """`module.generate` in eval mode, greedy unless told otherwise (collective at stage 3)."""

@@ -24,6 +24,7 @@ from dsfreeze.engine.memory import Meter, nbytes, spanned_bytes
 from dsfreeze.engine.modes import Modes, set_trainable
 from dsfreeze.engine.movement import Checksums, changed, checksums, merge
 from dsfreeze.engine.parcels import Parcel
+from dsfreeze.engine.streaming import Take, streamed_gradients
 from dsfreeze.errors import UserError, did_you_mean
 from dsfreeze.plan import Phase, StateRule
 from dsfreeze.recipe import Recipe
@@ -201,6 +202,16 @@ class BaseEngine(ABC):
         self.module.eval()
         return self.module(**self._move(batch), **self._forward_options, **options)
 
+    def scan_gradients(self, batch: Mapping[str, torch.Tensor], names: Iterable[str], take: Take) -> float:
+        assert self._modes is None, "scan before a phase is entered"
+        with streamed_gradients(self.module, self.anatomy, names, take):
+            loss = self.module(**self._move(batch), **self._forward_options).loss
+            loss.backward()
+        return float(loss.detach())
+
+    def read_weight(self, name: str) -> torch.Tensor:
+        return self._named[name].detach().to("cpu", copy=True)
+
     @torch.no_grad()
     def generate(self, batch: Mapping[str, torch.Tensor], **options: Any) -> torch.Tensor:
         self.module.eval()
@@ -244,7 +255,7 @@ class BaseEngine(ABC):
         missing = [name for name in self._trainable if name not in state]
         if missing:
             raise UserError(f"The state does not hold '{missing[0]}', which the plan trains.")
-        self._write_weights({name: _precise(e, self.dtype) for name, e in state.items()})
+        self.write_weights({name: _precise(e, self.dtype) for name, e in state.items()})
         self._prepare_groups({name: float(e["step"]) if "step" in e else None for name, e in state.items()})
         for flat in self.flats:
             entries = {slot.name: state[slot.name] for slot in flat.slots}
@@ -300,7 +311,7 @@ class BaseEngine(ABC):
     def export_weights(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         return {name: self._named[name].detach().to("cpu", copy=True) for name in names} if self.rank == 0 else {}
 
-    def _write_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def write_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         for name, value in weights.items():
             self._named[name].data.copy_(value)
 

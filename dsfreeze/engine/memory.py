@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import ctypes
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+#: glibc's M_MMAP_THRESHOLD; from so many bytes up a block is mapped by itself, and where glibc itself ends up.
+_MMAP_THRESHOLD, _SMALL, _USUAL = -3, 2 * 2**20, 32 * 2**20
 
 
 def nbytes(tensors: Iterable[torch.Tensor | None]) -> int:
@@ -26,6 +30,19 @@ def spanned_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
         total += max(0, last - max(first, end))
         end = max(end, last)
     return total
+
+
+@contextmanager
+def freed_memory_given_back() -> Iterator[None]:
+    """Within it the C library gives large blocks back as they are freed, where it is glibc; otherwise nothing happens.
+
+    glibc by itself keeps blocks of up to 32 MiB, and passes over batches of many lengths then hold half as much again as they use."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+    set_option(_MMAP_THRESHOLD, _SMALL)
+    try:
+        yield
+    finally:
+        set_option(_MMAP_THRESHOLD, _USUAL)
 
 
 class Meter:

@@ -189,11 +189,17 @@ def build_engine(module: nn.Module, anatomy: Anatomy, recipe: Recipe, plan: Free
 
 
 def evaluation_engine(module: nn.Module, anatomy: Anatomy, recipe: Recipe) -> Engine:
-    """An engine that never trains and holds the whole model on every rank (within `process_group` when not alone)."""
-    if read_ranks().world_size == 1:
+    """An engine that never trains: every rank holds the whole model, or at stage 3 its share of each weight (within
+    `process_group` when not alone)."""
+    ranks = read_ranks()
+    config = {} if is_local(recipe) else deepspeed_config(recipe, ranks.world_size)
+    stage = config.get("zero_optimization", {}).get("stage")
+    if ranks.world_size == 1 and stage != 3:
         from dsfreeze.engine.local import LocalEngine
 
         return LocalEngine(module, anatomy, recipe)
     from dsfreeze.engine.zero import ZeroEngine
 
-    return ZeroEngine(module, anatomy, recipe, {})  # DeepSpeed itself starts when a phase is entered: never, here
+    engine = ZeroEngine(module, anatomy, recipe, config)
+    engine.spread()
+    return engine

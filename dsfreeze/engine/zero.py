@@ -73,6 +73,15 @@ class ZeroEngine(BaseEngine):
             self.engine.optimizer.check_grad_overflow = True
         return flats_of(self.engine, self.rank, self.world_size)
 
+    def spread(self) -> None:
+        """At stage 3 hold a share of each weight, without an optimizer, for passes that train nothing; else the whole."""
+        if self.stage < 3:
+            return
+        require_tested_version()
+        deepspeed = import_deepspeed()
+        deepspeed.zero.Init(module=self.module, config_dict_or_path=self.config)
+        self.engine, *_ = deepspeed.initialize(model=self.module, config=self.config, dist_init_required=False)
+
     def _refreeze(self, names: tuple[str, ...]) -> None:
         settings = {name: settings_of(group) for group in self.groups for name in group.tensors}
         self.engine = refreeze(self.engine, names, self.rule, drop_master=self.drop_master, settings=settings)
@@ -88,7 +97,7 @@ class ZeroEngine(BaseEngine):
             self._take_over()
 
     def _parked(self) -> list[Parcel]:
-        return ledger_of(self.engine).parked
+        return ledger_of(self.engine).parked if self.engine else []
 
     def _park(self, state: Mapping[str, TensorState]) -> None:
         ledger_of(self.engine).parked = self._sharded_parcels(state) if self.stage else self._whole_parcels(state)
@@ -195,9 +204,18 @@ class ZeroEngine(BaseEngine):
                 weights[name] = torch.cat(shares)[: parameter.ds_numel].view(parameter.ds_shape).clone()
         return weights
 
-    def _write_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def read_weight(self, name: str) -> torch.Tensor:
         if not self._sharded:
-            super()._write_weights(weights)
+            return super().read_weight(name)
+        parameter = self._named[name]
+        mine = parameter.ds_tensor.data.reshape(-1).to(self.device)
+        shares = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(shares, mine)
+        return torch.cat(shares)[: parameter.ds_numel].view(parameter.ds_shape).cpu()
+
+    def write_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        if not self._sharded:
+            super().write_weights(weights)
             return
         for name, value in weights.items():
             parameter = self._named[name]

@@ -55,7 +55,7 @@ class Adopted(BaseEngine):
 
     @torch.no_grad()
     def load_weights(self, state: Mapping[str, TensorState]) -> None:
-        self._write_weights({name: entry["weight"].to(self.dtype) for name, entry in state.items()})
+        self.write_weights({name: entry["weight"].to(self.dtype) for name, entry in state.items()})
 
     def let_go(self) -> None:
         """Take away our hooks and leave everything else to the trainer."""

@@ -11,7 +11,8 @@ from dsfreeze.anatomy import Anatomy
 from dsfreeze.errors import UserError, did_you_mean
 from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import FreezeOptions
-from dsfreeze.strategies import progressive, rotating, static
+from dsfreeze.setting import Setting
+from dsfreeze.strategies import budgeted, progressive, rotating, salf, static
 from dsfreeze.strategies.adaptive import ADAPTIVE
 
 #: (anatomy without adapters, options, optimizer steps of the run or None) -> plan
@@ -26,6 +27,8 @@ STRATEGIES: dict[str, Strategy] = {
     "random": static.random,
     "middle": static.middle,
     "ranked": static.ranked,
+    "budget": budgeted.budget,
+    "salf": salf.salf,
     "patterns": static.patterns,
     "bitfit": static.bitfit,
     "norms": static.norms,
@@ -44,12 +47,17 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
-def make_plan(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
+def make_plan(
+    anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None, setting: Setting | None = None
+) -> FreezePlan:
     """The plan that the options ask for; UserError when they contradict the model (among each other, `FreezeOptions`
     has checked them).
 
-    `num_steps`, the length of the run, matters to strategies that move; a static plan has one open phase.
+    `num_steps`, the length of the run, matters to strategies that move; a static plan has one open phase. `setting`, where
+    it runs, matters to `budget` alone.
     """
     if options.strategy not in STRATEGIES:
         raise UserError(f"There is no strategy '{options.strategy}'.{did_you_mean(options.strategy, STRATEGIES)}")
+    if options.strategy == "budget":
+        return budgeted.budget(anatomy, options, num_steps, setting)
     return STRATEGIES[options.strategy](anatomy, options, num_steps)

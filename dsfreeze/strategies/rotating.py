@@ -34,7 +34,7 @@ def owlore(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = Non
     path = options.scores
     assert path is not None, "FreezeOptions has checked it"
     pool, steps = moving_units(anatomy, options), run_length(options, num_steps)
-    weights = weights_of(read_scores(path), pool, number_active(options, pool, 5), path)
+    weights = weights_of(read_scores(path, options.score, anatomy), pool, number_active(options, pool, 5), path)
     return _drawn(anatomy, options, steps, pool, weights, active=5, every=50)
 
 

@@ -1,33 +1,96 @@
-"""The scores file that `ranked` and `owlore` read: `{"scores": {"layers.0": 0.12, ...}}`, one number per layer or tensor."""
+"""The scores file that `ranked`, `owlore`, `budget` and `salf` read: `{"scores": {"layers.0": 0.12, ...}}`, one number per
+layer or tensor. `dsfreeze analyze` writes more into it: every score it took (`all`), traces, and which model it is about."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 from collections.abc import Sequence
-from math import isfinite
 from pathlib import Path
+from typing import Any
 
+from dsfreeze.anatomy import Anatomy
 from dsfreeze.errors import UserError, did_you_mean
 from dsfreeze.recipe import SCORES_FORM
 from dsfreeze.strategies.selection import Unit
 
 
-def read_scores(path: Path) -> dict[str, float]:
-    """Scores by name; UserError when the file is missing, is no such JSON, or holds something that has no order."""
+def read_scores(path: Path, score: str | None = None, anatomy: Anatomy | None = None) -> dict[str, float]:
+    """Scores by name: those of the score named, else the file's own choice. UserError when the file is missing, is no such
+    JSON, was made for another model than `anatomy`, lacks the score, or holds something that has no order."""
+    raw = _read(path, anatomy)
+    if score is None:
+        return _checked(path, raw.get("scores"))
+    known = raw.get("all")
+    own = known.get(score) if isinstance(known, dict) else None
+    if not isinstance(own, dict):
+        names = known if isinstance(known, dict) else ()
+        raise UserError(
+            f"freeze.score: '{path}' has no score '{score}'.{did_you_mean(score, names)} Leave freeze.score out to take "
+            "the file's own choice, or take the score: `dsfreeze analyze RECIPE`."
+        )
+    return _checked(path, own.get("scores"))
+
+
+def read_traces(path: Path, trace: str, anatomy: Anatomy) -> list[list[float]]:
+    """Of each calibration example the deviations d_0 .. d_L; UserError as above, and when they are no such lists."""
+    known = _read(path, anatomy).get("traces")
+    if not isinstance(known, dict) or trace not in known:
+        names = known if isinstance(known, dict) else ()
+        raise UserError(
+            f"freeze.scores: '{path}' holds no traces '{trace}'.{did_you_mean(trace, names)} "
+            "Measure them: `dsfreeze analyze RECIPE analyze.scores=deviation`."
+        )
+    rows, length = known[trace], len(anatomy.blocks) + 1
+    right = isinstance(rows, list) and rows and all(isinstance(row, list) and len(row) == length for row in rows)
+    if not right:
+        raise UserError(
+            f"freeze.scores: the traces of '{path}' must be lists of {length} numbers, one for the embedding and each layer."
+        )
+    for number, row in enumerate(rows):
+        _checked(path, {f"traces.{trace}[{number}][{k}]": value for k, value in enumerate(row)})
+    return [[float(value) for value in row] for row in rows]
+
+
+def model_digest(anatomy: Anatomy) -> str:
+    """SHA-256 over names and shapes of the transformer layers' tensors: what scores are about, whatever the head."""
+    rows = [(layer.name, t.name, t.shape) for layer in anatomy.blocks for t in layer.tensors]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _read(path: Path, anatomy: Anatomy | None) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"freeze.scores: there is no file '{path}'. It holds JSON: {SCORES_FORM}.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"freeze.scores: '{path}' cannot be read as JSON: {error}.") from None
-    scores = raw.get("scores") if isinstance(raw, dict) else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"freeze.scores: '{path}' cannot be read as JSON: {error}. It holds {SCORES_FORM}.") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"freeze.scores: '{path}' has no \"scores\"; write {SCORES_FORM}.")
+    model = raw.get("model")
+    model = model if isinstance(model, dict) else {}
+    digest = model.get("digest")  # a file written by hand need have none
+    if anatomy is not None and digest is not None and digest != model_digest(anatomy):
+        raise UserError(
+            f"freeze.scores: '{path}' was made for {model.get('name')} with {model.get('layers')} layers, and its tensors "
+            f"are not those of {anatomy.name} ({len(anatomy.blocks)} layers). Analyze this model: `dsfreeze analyze RECIPE`."
+        )
+    return raw
+
+
+def _checked(path: Path, scores: Any) -> dict[str, float]:
     if not isinstance(scores, dict):
         raise UserError(f"freeze.scores: '{path}' has no \"scores\"; write {SCORES_FORM}.")
     for name, value in scores.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"freeze.scores: '{path}' gives {name} the score {value!r}, which is not a number.")
-        if not isfinite(value):
-            raise UserError(f"freeze.scores: '{path}' gives {name} the score {value}, which cannot be ranked.")
+            raise UserError(
+                f"freeze.scores: '{path}' gives {name} the score {value!r}, which is not a number. Write one."
+            )
+        if not abs(value) <= sys.float_info.max:  # NaN, infinity, or an integer beyond every float
+            raise UserError(
+                f"freeze.scores: '{path}' gives {name} the score {value}, which cannot be ranked. Write a finite number."
+            )
     return scores
 
 

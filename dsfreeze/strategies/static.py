@@ -86,7 +86,7 @@ def ranked(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = Non
     """Freeze the n units with the lowest scores of a file; equal scores freeze from the bottom."""
     path = options.scores
     assert path is not None, "FreezeOptions has checked it"
-    scores = read_scores(path)
+    scores = read_scores(path, options.score, anatomy)
     return _layered(anatomy, options, rule=lambda units, number: lowest(scores, units, number, path))
 
 

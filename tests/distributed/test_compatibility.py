@@ -32,6 +32,8 @@ STEPS, RESUMED_AT = 8, 5
 OPTIONS = {
     **{name: {} for name in STRATEGIES},
     "ranked": {"scores": {f"layers.{i}": i % 3 for i in range(4)}},
+    "budget": {"scores": {f"layers.{i}": 1 + i for i in range(4)}, "budget": {"flops": "85%"}},
+    "salf": {"scores": {}, "max_layers": 2},
     "patterns": {"trainable": ["layers.1.*.q_proj", "layers.2", "head"]},
     "lisa": {"active_layers": 1, "switch_every": 3},
     "badam": {"switch_every": 2, "active_layers": 3},  # layers return before the end
@@ -78,7 +80,8 @@ def recipe_of(folder: Path, strategy: str) -> Recipe:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     options = {"fraction": None, "strategy": strategy, **OPTIONS[strategy]}
     if "scores" in options:
-        (folder / "scores.json").write_text(json.dumps({"scores": options["scores"]}))
+        content = {"scores": options["scores"], "traces": {"deviation": [[1.0, 0.9, 0.5, 0.4, 0.3]]}}
+        (folder / "scores.json").write_text(json.dumps(content))
         options["scores"] = str(folder / "scores.json")
     train = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": RESUMED_AT, "export": False,
              "warmup_steps": 0, "learning_rate": 5e-3, "adam_epsilon": 1e-2, "weight_decay": 0.1}  # fmt: skip

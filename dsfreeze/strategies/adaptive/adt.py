@@ -4,17 +4,14 @@ freeze for the rest of the run."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from statistics import correlation
+from collections.abc import Mapping
 
 from dsfreeze.errors import UserError
 from dsfreeze.plan import FreezePlan
+from dsfreeze.ranking import STABLE, spearman
 from dsfreeze.strategies.adaptive.common import Ground, Memory, Rule, check_finite, go_on, gradients_of, start
 from dsfreeze.strategies.evidence import Evidence, Revision
 from dsfreeze.strategies.selection import number_frozen
-
-#: Below this rank correlation of the two rankings the stability check speaks up.
-STABLE = 0.8
 
 
 def begin(ground: Ground) -> FreezePlan:
@@ -89,19 +86,6 @@ def _stability(before: Mapping[str, float], now: Mapping[str, float], steps: int
         f"the ranking of layers is not stable: Spearman {agreement:.2f} between the steps {math.ceil(steps / 2)} and "
         f"{steps}, below {STABLE}; a larger freeze.track_steps may help",
     )
-
-
-def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's rank correlation, ties at their mean rank; where one ranking is all ties: 1 if both are, else 0."""
-    ranks = _ranks(first), _ranks(second)
-    if any(len(set(own)) == 1 for own in ranks):
-        return float(ranks[0] == ranks[1])
-    return correlation(*ranks)
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    order = sorted(values)
-    return [order.index(value) + (order.count(value) - 1) / 2 for value in values]
 
 
 RULE = Rule(frozenset({"change"}), begin, decide)
