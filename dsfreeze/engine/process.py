@@ -192,14 +192,12 @@ def evaluation_engine(module: nn.Module, anatomy: Anatomy, recipe: Recipe) -> En
     """An engine that never trains: every rank holds the whole model, or at stage 3 its share of each weight (within
     `process_group` when not alone)."""
     ranks = read_ranks()
-    config = {} if is_local(recipe) else deepspeed_config(recipe, ranks.world_size)
-    stage = config.get("zero_optimization", {}).get("stage")
-    if ranks.world_size == 1 and stage != 3:
+    if ranks.world_size == 1:
         from dsfreeze.engine.local import LocalEngine
 
         return LocalEngine(module, anatomy, recipe)
     from dsfreeze.engine.zero import ZeroEngine
 
-    engine = ZeroEngine(module, anatomy, recipe, config)
+    engine = ZeroEngine(module, anatomy, recipe, {} if is_local(recipe) else deepspeed_config(recipe, ranks.world_size))
     engine.spread()
     return engine

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from forks import _free_port, outcomes_of, run_ranks
 from test_analyze import SMALL, calibrated, language_data
@@ -19,6 +20,15 @@ from dsfreeze.recipe import Recipe
 from dsfreeze.recipe_reader import load_recipe
 from dsfreeze.record import read_record
 from dsfreeze.scores import SCORES
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The ranks have one each; with more, sums are taken in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def analyze(values: dict[str, Any]) -> dict[str, Any]:
