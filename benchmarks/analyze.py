@@ -7,6 +7,7 @@ the resident set's peak of a process that does nothing else. Seconds are of this
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,16 @@ def analysis() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+def deviation(content: dict[str, Any]) -> dict[str, Any]:
+    """Of the transition traces: the least and the largest mean of a latent space, and where freezing would end by each gain."""
+    means = [statistics.fmean(column) for column in zip(*content["traces"]["deviation"], strict=True)]
+    ends = {
+        gain: {"median": cuts["dataset"]["median"], "agreement": cuts["agreement"], "by_label": cuts["by_label"]}
+        for gain, cuts in content["cuts"].items()
+    }
+    return {"means": [round(min(means), 4), round(max(means), 4)], "ends": ends}
+
+
 def main() -> None:
     rounds = [analysis() for _ in range(ROUNDS)]
     ratios = [(peak("gradients"), peak("inference")) for _ in range(MEMORY_ROUNDS)]
@@ -70,6 +81,7 @@ def main() -> None:
             "seconds_by_pass": {p: spread([r["passes"][p]["seconds"] for r in rounds]) for p in first["passes"]},
             "gradient_peak_over_inference": spread([g / i for g, i in ratios]),
             "peaks": {"gradients": ratios[0][0], "inference": ratios[0][1]},
+            "deviation": deviation(first),
             "spearman": {name: found["spearman"] for name, found in first["all"].items()},
             "recommendation": first["recommendation"]["sentence"],
         },

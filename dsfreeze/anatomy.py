@@ -124,6 +124,11 @@ class Anatomy:
         return tuple(layer for layer in self.layers if layer.is_block)
 
     @cached_property
+    def block_tensors(self) -> tuple[Tensor, ...]:
+        """Those of the transformer layers."""
+        return tuple(t for layer in self.blocks for t in layer.tensors)
+
+    @cached_property
     def numel(self) -> int:
         return sum(t.numel for t in self.tensors)
 

@@ -295,7 +295,7 @@ def _report_keys(options: ModelOptions, module: nn.Module, info: dict[str, Any])
         )
     missing = sorted(set(info["missing_keys"]) - head)
     module.has_fresh_head = bool(head & {*info["missing_keys"], *mismatched})
-    blocks = {t.name for layer in anatomy.blocks for t in layer.tensors}
+    blocks = {t.name for t in anatomy.block_tensors}
     if blocks <= set(missing):
         raise UserError(
             f"The weights of '{options.name}' fit no layer of {type(module).__name__}; check its config.json."

@@ -39,7 +39,7 @@ class Bench:
     @property
     def tensors(self) -> tuple[str, ...]:
         """Names of the layers' tensors: the columns of tables by tensor."""
-        return tuple(t.name for layer in self.anatomy.blocks for t in layer.tensors)
+        return tuple(t.name for t in self.anatomy.block_tensors)
 
     def first(self, number: int) -> Bench:
         """The same with the first so many examples."""

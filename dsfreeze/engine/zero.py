@@ -201,7 +201,7 @@ class ZeroEngine(BaseEngine):
             parameter = self._named[name]
             shares = self._collect(parameter.ds_tensor.data, self.world_size)
             if shares:
-                weights[name] = torch.cat(shares)[: parameter.ds_numel].view(parameter.ds_shape).clone()
+                weights[name] = _joined(shares, parameter).clone()
         return weights
 
     def read_weight(self, name: str) -> torch.Tensor:
@@ -211,7 +211,7 @@ class ZeroEngine(BaseEngine):
         mine = parameter.ds_tensor.data.reshape(-1).to(self.device)
         shares = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(shares, mine)
-        return torch.cat(shares)[: parameter.ds_numel].view(parameter.ds_shape).cpu()
+        return _joined(shares, parameter).cpu()
 
     def write_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         if not self._sharded:
@@ -246,3 +246,8 @@ class ZeroEngine(BaseEngine):
         if self.engine is not None:
             close(self.engine)
             self.engine = None
+
+
+def _joined(shares: list[torch.Tensor], parameter: nn.Parameter) -> torch.Tensor:
+    """A weight of stage 3 from the ranks' shares, of which the last is padded."""
+    return torch.cat(shares)[: parameter.ds_numel].view(parameter.ds_shape)

@@ -54,7 +54,7 @@ class Observations:
     @cached_property
     def tensors(self) -> tuple[str, ...]:
         """Names of the layers' tensors: the columns of the tables with T of them."""
-        return tuple(t.name for layer in self.anatomy.blocks for t in layer.tensors)
+        return tuple(t.name for t in self.anatomy.block_tensors)
 
     @property
     def states(self) -> list[torch.Tensor]:

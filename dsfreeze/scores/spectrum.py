@@ -62,7 +62,7 @@ def signal_to_noise(values: torch.Tensor, edge: float) -> float:
 def matrices(anatomy: Anatomy) -> list[Tensor]:
     """What has a spectrum: the layers' weight matrices."""
     kinds = (*ATTENTION, *MLP)
-    return [t for layer in anatomy.blocks for t in layer.tensors if len(t.shape) == 2 and t.category in kinds]
+    return [t for t in anatomy.block_tensors if len(t.shape) == 2 and t.category in kinds]
 
 
 def _spread(values: torch.Tensor) -> float:

@@ -18,7 +18,7 @@ MATRICES = (*ATTENTION, *MLP)
 def make_adapter(anatomy: Anatomy, options: AdapterOptions, trainable: frozenset[str]) -> Adapter:
     """The adapters for those trainable tensors that are matrices of the options' categories; UserError when none is."""
     wanted = _wanted(options.categories)
-    blocks = [t for layer in anatomy.blocks for t in layer.tensors if t.name in trainable]
+    blocks = [t for t in anatomy.block_tensors if t.name in trainable]
     targets = tuple(t.name for t in blocks if _takes_adapter(t) and t.category in wanted)
     if not targets:
         raise UserError(
@@ -39,7 +39,7 @@ def adapter_names(adapted: Anatomy, targets: Iterable[str]) -> frozenset[str]:
 def left_out(anatomy: Anatomy, options: AdapterOptions) -> tuple[str, ...]:
     """A note when matrices of the wanted categories cannot take an adapter (experts packed in one tensor)."""
     wanted = _wanted(options.categories)
-    packed = [t for layer in anatomy.blocks for t in layer.tensors if t.category in wanted and not _takes_adapter(t)]
+    packed = [t for t in anatomy.block_tensors if t.category in wanted and not _takes_adapter(t)]
     return (f"{len(packed)} packed expert tensors take no adapter and stay frozen",) if packed else ()
 
 

@@ -29,7 +29,7 @@ def moving_units(anatomy: Anatomy, options: FreezeOptions) -> tuple[Unit, ...]:
     """The layers or matrices that take turns, in model order; with adapters, those that can hold one."""
     if options.adapter is None:
         return units(anatomy, options.granularity)
-    everything = frozenset(t.name for layer in anatomy.blocks for t in layer.tensors)
+    everything = frozenset(t.name for t in anatomy.block_tensors)
     return units(anatomy, options.granularity, frozenset(make_adapter(anatomy, options.adapter, everything).targets))
 
 

@@ -50,7 +50,7 @@ def choose(
         chosen = sorted(set(rule(pool, asked)))
         frozen.update(name for index in chosen for name in pool[index].tensors)
         number, total = number + len(chosen), total + len(pool)
-    everything = frozenset(t.name for layer in anatomy.blocks for t in layer.tensors if kept is None or t.name in kept)
+    everything = frozenset(t.name for t in anatomy.block_tensors if kept is None or t.name in kept)
     asked_for_none = options.fraction is None and options.count is None and not fraction
     return Choice(everything - frozen, () if asked_for_none else (_counted(options, fraction, number, total),))
 

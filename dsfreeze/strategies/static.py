@@ -135,10 +135,10 @@ def norms(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None
 
 def attention(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
     """The attention projections q, k, v and o (or the fused one), with their biases, and the task's head."""
-    modules = {t.module for layer in anatomy.blocks for t in layer.tensors if t.category in ATTENTION}
+    modules = {t.module for t in anatomy.block_tensors if t.category in ATTENTION}
     if not modules:
         raise UserError(f"Strategy 'attention': {anatomy.name} has no tensor of the categories {', '.join(ATTENTION)}.")
-    kept = frozenset(t.name for layer in anatomy.blocks for t in layer.tensors if t.module in modules)
+    kept = frozenset(t.name for t in anatomy.block_tensors if t.module in modules)
     return _of_kind(anatomy, options, kept)
 
 
@@ -156,7 +156,7 @@ def dora(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None)
 
 def biases(anatomy: Anatomy) -> frozenset[str]:
     """Names of all biases; UserError when the transformer layers have none."""
-    if not any(t.is_bias for layer in anatomy.blocks for t in layer.tensors):
+    if not any(t.is_bias for t in anatomy.block_tensors):
         raise UserError(
             f"{anatomy.name} has no biases in its layers: nothing for 'bitfit' or freeze.granularity 'bias' to train. "
             "Strategy 'norms' trains the norm gains instead: as few numbers, and every model has them."

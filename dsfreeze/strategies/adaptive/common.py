@@ -36,7 +36,7 @@ class Ground:
         """UserError when there is no layer to choose."""
         adapter = own = None
         if options.adapter is not None:
-            every = frozenset(t.name for layer in anatomy.blocks for t in layer.tensors)
+            every = frozenset(t.name for t in anatomy.block_tensors)
             adapter = make_adapter(anatomy, options.adapter, every)
             anatomy = anatomy.with_adapters(adapter.targets, adapter.r, adapter.kind == "dora")
             own = adapter_names(anatomy, adapter.targets)
