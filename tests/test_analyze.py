@@ -421,6 +421,15 @@ def test_a_checkpoint_is_analyzed_as_the_model_that_was_exported_from_it(tmp_pat
     assert by_checkpoint["traces"] == exported["traces"]
 
 
+@pytest.mark.parametrize("family", ["deviation", "gradient"])
+def test_a_score_is_as_stable_whatever_else_is_taken(home, content, tmp_path, family):
+    """Oracle: the analysis that took everything."""
+    alone = analyze(calibrated(home, analyze={"scores": [family], "output_dir": str(tmp_path)}))
+    assert {name: found["spearman"] for name, found in alone["all"].items()} == {
+        name: found["spearman"] for name, found in content["all"].items() if found["family"] == family
+    }
+
+
 def test_an_analysis_agrees_with_itself(home, content):
     recipe = calibrated(
         home, analyze={"drift_from": str(home / "analysis" / "scores.json"), "output_dir": str(home / "again")}

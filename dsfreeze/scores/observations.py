@@ -76,15 +76,12 @@ class Observations:
 
     def halves(self, random: np.random.Generator) -> tuple[Observations, Observations]:
         """Two disjoint halves of the examples and of the batches; of the two probes and fits, one each."""
-        orders: dict[int, np.ndarray] = {}
-
-        def rows(size: int) -> np.ndarray:
-            if size not in orders:
-                orders[size] = random.permutation(size)
-            return orders[size]
+        draw = int(random.integers(2**63))
 
         def cut(values: np.ndarray | torch.Tensor, side: int) -> np.ndarray | torch.Tensor:
-            return values[np.array_split(rows(len(values)), 2)[side]]
+            # tables of one length are cut alike, and whatever else there is
+            order = np.random.default_rng([draw, len(values)]).permutation(len(values))
+            return values[np.array_split(order, 2)[side]]
 
         return self._part(cut, 0), self._part(cut, 1)
 
