@@ -522,7 +522,7 @@ class AnalyzeOptions(Section):
     seed: Seed = 42
     """Of the sample, the halves that stability is told by, and the random basis."""
     output_dir: Path = Path("runs/analysis")
-    """Where scores.json, scores.png and the recipe go."""
+    """Where scores.json and scores.png go."""
     recommend: str = "greentrainer"
     """The score that the recommendation rests on, and that `freeze.scores` takes from the file unless it is told."""
     budget: Limits = {"flops": "50%"}

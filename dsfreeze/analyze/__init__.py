@@ -25,7 +25,7 @@ from dsfreeze.analyze.calibration import calibration_sample
 from dsfreeze.analyze.cuts import cuts_of
 from dsfreeze.analyze.passes import COVERS, PASSES
 from dsfreeze.analyze.recommend import recommend
-from dsfreeze.analyze.stability import drift_between, read_analysis, stability_of
+from dsfreeze.analyze.stability import drift_between, read_analysis, stabilities_of
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.checkpoint import open_checkpoint
 from dsfreeze.engine.process import agree, evaluation_engine, process_group, together
@@ -34,7 +34,7 @@ from dsfreeze.job import load_task
 from dsfreeze.model import read_anatomy
 from dsfreeze.progress import watched
 from dsfreeze.recipe import AnalyzeOptions, Recipe
-from dsfreeze.scores import FAMILIES, SCORES, Observations
+from dsfreeze.scores import FAMILIES, SCORES, Observations, Scores
 from dsfreeze.strategies.scores_file import model_digest
 
 SCORES_FILE, FIGURE = "scores.json", "scores.png"
@@ -162,23 +162,18 @@ def _content(
     bench: Bench, names: Sequence[str], seen: Observations, costs: dict[str, Any], left_out: dict[str, str]
 ) -> dict[str, Any]:
     options, recipe = bench.recipe.analyze, bench.recipe
-    taken = {}
-    for name in names:
-        if SCORES[name].source in left_out:
-            continue
-        scores = {key: float(value) for key, value in SCORES[name].compute(seen).items()}
-        wrong = next((key for key, value in scores.items() if not isfinite(value)), None)
-        if wrong is not None:
-            raise UserError(
-                f"Score '{name}' of {wrong} is {scores[wrong]}: the model's weights or its loss on this data are not finite. "
-                "Check the model with `dsfreeze evaluate`, or leave the score out of analyze.scores."
-            )
-        stable = stability_of(name, seen, len(bench.examples), splits=options.splits, seed=options.seed)
-        taken[name] = {
-            "family": SCORES[name].family, "spearman": stable.spearman, "examples_needed": stable.needed, "scores": scores
-        }  # fmt: skip
-    if not taken:
+    names = [name for name in names if SCORES[name].source not in left_out]
+    if not names:
         raise UserError("No score could be taken: " + " ".join(left_out.values()))
+    scores = {name: _finite(name, SCORES[name].compute(seen)) for name in names}
+    stable = stabilities_of(names, seen, len(bench.examples), splits=options.splits, seed=options.seed)
+    taken = {
+        name: {
+            "family": SCORES[name].family, "spearman": stable[name].spearman, "examples_needed": stable[name].needed,
+            "scores": scores[name],
+        }
+        for name in names
+    }  # fmt: skip
     chosen = options.recommend if options.recommend in taken else next(iter(taken))
     traces = {name: rows.tolist() for name, rows in seen.traces.items()}
     return {
@@ -198,6 +193,17 @@ def _content(
         "left_out": left_out,
         "passes": costs,
     }  # fmt: skip
+
+
+def _finite(name: str, found: Scores) -> dict[str, float]:
+    scores = {key: float(value) for key, value in found.items()}
+    wrong = next((key for key, value in scores.items() if not isfinite(value)), None)
+    if wrong is not None:
+        raise UserError(
+            f"Score '{name}' of {wrong} is {scores[wrong]}: the model's weights or its loss on this data are not finite. "
+            "Check the model with `dsfreeze evaluate`, or leave the score out of analyze.scores."
+        )
+    return scores
 
 
 def _write(content: dict[str, Any], recipe: Recipe, anatomy: Anatomy, world_size: int) -> None:

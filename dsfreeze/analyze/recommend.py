@@ -29,7 +29,7 @@ def recommend(
         choice = balance.solve()
     except UserError as error:
         return {"sentence": f"no recommendation: {error}"}
-    gain = choice.gain / sum(item.gain for item in balance.items if item.gain > 0)
+    gain = choice.gain / balance.gain
     flops = balance.cost(balance.trained(choice.items))[1] / balance.full
     layers, following = [item.name for item in choice.items], balance.next_units(choice)
     agreement, needed = (content["all"][content["score"]][key] for key in ("spearman", "examples_needed"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -15,9 +15,6 @@ from dsfreeze.errors import UserError
 from dsfreeze.ranking import examples_needed, spearman
 from dsfreeze.scores import SCORES, Observations, Scores
 
-#: Sources of which there are two runs, one for each half, and so one comparison.
-_ONCE = ("probe", "gates")
-
 
 @dataclass(frozen=True)
 class Stability:
@@ -28,21 +25,28 @@ class Stability:
     needed: int | None
 
 
-def stability_of(name: str, seen: Observations, examples: int, *, splits: int, seed: int) -> Stability:
-    """Over `splits` random halvings of the rows that the score is made of; `examples` is how many there are in all."""
-    score = SCORES[name]
-    if score.source == "spectra":
-        return Stability(None, None)
+def stabilities_of(
+    names: Iterable[str], seen: Observations, examples: int, *, splits: int, seed: int
+) -> dict[str, Stability]:
+    """Of each score, over `splits` random halvings of the rows that it is made of; `examples` is how many there are in all.
+    Of a probe or a fit there is one run for each half, and so one comparison, whatever the halving."""
     random = np.random.default_rng(seed)
-    found = []
-    for _ in range(1 if score.source in _ONCE else splits):
-        one, other = (layer_scores(score.compute(half), seen) for half in seen.halves(random))
-        found.append(spearman(one, other))
-    agreement = fmean(found)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(splits):
+        halves = seen.halves(random)
+        for name in (name for name in found if SCORES[name].source != "spectra"):
+            found[name].append(spearman(*(_of_layers(SCORES[name].compute(half), half) for half in halves)))
+    return {name: _stability(agreements, examples) for name, agreements in found.items()}
+
+
+def _stability(agreements: Sequence[float], examples: int) -> Stability:
+    if not agreements:
+        return Stability(None, None)
+    agreement = fmean(agreements)
     return Stability(agreement, examples_needed(agreement, examples))
 
 
-def layer_scores(scores: Scores, seen: Observations) -> list[float]:
+def _of_layers(scores: Scores, seen: Observations) -> list[float]:
     return [scores[name] for name in seen.blocks]
 
 

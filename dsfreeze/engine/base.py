@@ -309,7 +309,7 @@ class BaseEngine(ABC):
         target.copy_(flat.cut(full).view(target.shape))
 
     def export_weights(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        return {name: self._named[name].detach().to("cpu", copy=True) for name in names} if self.rank == 0 else {}
+        return {name: self.read_weight(name) for name in names} if self.rank == 0 else {}
 
     def write_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         for name, value in weights.items():

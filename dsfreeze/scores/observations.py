@@ -5,9 +5,10 @@ So the same scores of any half of the calibration data cost nothing more, which 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ class Observations:
 
         return self._part(cut, 0), self._part(cut, 1)
 
-    def _part(self, cut: object, side: int) -> Observations:
+    def _part(self, cut: Callable[[Any, int], Any], side: int) -> Observations:
         return replace(
             self,
             tables={name: cut(table, side) for name, table in self.tables.items()},

@@ -82,6 +82,11 @@ class Balance:
         return elements - item.elements, total - item.flops
 
     @cached_property
+    def gain(self) -> float:
+        """All that there is to gain."""
+        return sum(item.gain for item in self.items if item.gain > 0)
+
+    @cached_property
     def limit(self) -> Cost:
         """The limits as the most elements and the most FLOPs."""
         limits = [self._room(kind) for kind in self.options.budget or ()]
@@ -108,7 +113,7 @@ class Balance:
 
     def solve(self) -> Choice:
         """The best set; UserError that says what would do when the limits leave room for none."""
-        if all(item.gain <= 0 for item in self.items):
+        if not self.gain:
             raise UserError(
                 f"freeze.scores: no score of '{self.options.scores}' is above 0, so nothing would gain by training. Choose "
                 "another freeze.score, or strategy 'ranked', which needs an order alone."
@@ -140,13 +145,12 @@ class Balance:
 
     def next_units(self, choice: Choice) -> list[Next]:
         """The useful units left out, most gain per FLOP first; of norms above the lowest trained unit, FLOPs are 0."""
-        total = sum(item.gain for item in self.items if item.gain > 0)
         elements, paid = self.cost(self.trained(choice.items))
         found = []
         for item in self.items:
             if item.gain > 0 and item not in choice.items:
                 more, dearer = self.cost(self.trained([*choice.items, item]))
-                found.append(Next(item.name, item.gain / total, (dearer - paid) / self.full, more - elements))
+                found.append(Next(item.name, item.gain / self.gain, (dearer - paid) / self.full, more - elements))
         return sorted(found, key=lambda unit: -unit.gain / unit.flops if unit.flops else -math.inf)
 
 
@@ -167,10 +171,9 @@ def budget(
 
 
 def _told(balance: Balance, choice: Choice, trainable: frozenset[str]) -> list[str]:
-    total = sum(item.gain for item in balance.items if item.gain > 0)
     elements, paid = balance.cost(trainable)
     notes = [
-        f"{len(choice.items)} of {len(balance.items)} units bring {choice.gain / total:.0%} of the estimated gain at "
+        f"{len(choice.items)} of {len(balance.items)} units bring {choice.gain / balance.gain:.0%} of the estimated gain at "
         f"{paid / balance.full:.0%} of full tuning's FLOPs, {million(elements)} parameters and "
         f"{gib(balance.memory(elements))} of model states a rank"
     ]
