@@ -19,6 +19,8 @@ from dsfreeze.recipe import AnalyzeOptions, Recipe
 T = TypeVar("T")
 #: Weight change by tensor, on the CPU in the weights' dtype.
 Delta = Mapping[str, torch.Tensor]
+#: Examples of a micro-batch: so few are nearly of one length, and padding costs more than small products (ours).
+MICRO_BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,21 @@ class Bench:
         size = self.options.batch_size
         return self.watch(np.split(np.resize(half, steps * size), steps))
 
-    def share(self, batch: np.ndarray, engine: Engine) -> tuple[np.ndarray, float]:
-        """This rank's part of a global batch, and its weight: the share of the batch's items that it holds. The ranks' losses,
-        weighted by it, add up to the batch's at every world size."""
-        mine = np.array_split(batch, engine.world_size)[engine.rank]
-        items = self.examples.num_items
-        return mine, int(items[mine].sum()) / int(items[batch].sum())
+    def micro_batches(self, batch: np.ndarray) -> list[tuple[Batch, float]]:
+        """This rank's part of a global batch, in micro-batches of like length, each with its weight: the share of the batch's
+        items that it holds. Losses weighted by it add up to the batch's at every world size. There are as many on every rank,
+        since at stage 3 every pass is collective; one without an example of its own is a filler of weight 0."""
+        items, lengths = self.examples.num_items, self.examples.num_tokens
+        mine = np.array_split(batch, self.engine.world_size)[self.engine.rank]
+        mine = mine[np.argsort(lengths[mine], kind="stable")]
+        parts = np.array_split(mine, self.num_micro_batches)
+        whole = int(items[batch].sum())
+        return [(self.collate(part if len(part) else batch[:1]), int(items[part].sum()) / whole) for part in parts]
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Of each rank for one global batch."""
+        return -(-self.options.batch_size // (self.engine.world_size * MICRO_BATCH))
 
 
 def halves_of(number: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -28,14 +30,13 @@ def fit_gates(bench: Bench, half: np.ndarray, delta: Delta) -> list[float]:
 
 
 def _slopes(bench: Bench, batch: np.ndarray, delta: Delta, layer_of: dict[str, int]) -> list[float]:
-    """d loss / d gamma of each layer, g . delta, over the ranks' shares of a batch."""
-    share, weight = bench.share(batch, bench.engine)
+    """d loss / d gamma of each layer, g . delta, over the ranks' parts of a batch."""
     slopes = [0.0] * len(bench.anatomy.blocks)
 
-    def take(name: str, gradient: torch.Tensor) -> None:
+    def take(weight: float, name: str, gradient: torch.Tensor) -> None:
         product = gradient.float().cpu() * delta[name].float()
         slopes[layer_of[name]] += weight * float(product.sum(dtype=torch.float64))
 
-    # a rank without a share makes the pass too: at stage 3 every pass is collective
-    bench.engine.scan_gradients(bench.collate(share if len(share) else batch[:1]), tuple(delta), take)
+    for part, weight in bench.micro_batches(batch):
+        bench.engine.scan_gradients(part, tuple(delta), partial(take, weight))
     return bench.engine.sum(slopes)

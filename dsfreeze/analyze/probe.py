@@ -24,7 +24,8 @@ def probe(bench: Bench, half: np.ndarray, *, keep: bool) -> tuple[dict[str, Chan
     and with `keep` its way there, else {} (collective)."""
     plan = FreezePlan("full", (Phase(0, None, tuple(t.name for t in bench.anatomy.tensors)),))
     module = task_module(bench.recipe, bench.data, bench.recipe.model)
-    engine = build_engine(module, bench.anatomy, _one_micro_step(bench.recipe), plan)
+    recipe = _accumulating(bench.recipe, bench.num_micro_batches)
+    engine = build_engine(module, bench.anatomy, recipe, plan)
     try:
         kept = bench.tensors if keep else ()
         engine.write_weights({t.name: bench.engine.read_weight(t.name) for t in bench.anatomy.tensors})
@@ -40,15 +41,14 @@ def probe(bench: Bench, half: np.ndarray, *, keep: bool) -> tuple[dict[str, Chan
     return {name: Change(*changes[name]) for name in bench.tensors}, delta
 
 
-def _one_micro_step(recipe: Recipe) -> Recipe:
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"gradient_accumulation_steps": 1})})
+def _accumulating(recipe: Recipe, steps: int) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"gradient_accumulation_steps": steps})})
 
 
 def _step(bench: Bench, batch: np.ndarray) -> None:
-    """One optimizer step on the ranks' shares of a batch: the same step at every world size."""
+    """One optimizer step on the ranks' parts of a batch: the same step at every world size."""
     engine: Engine = bench.engine
-    share, weight = bench.share(batch, engine)
-    loss = engine.forward_backward(bench.collate(share if len(share) else batch[:1]), weight)
+    loss = sum(engine.forward_backward(part, weight) for part, weight in bench.micro_batches(batch))
     norm = engine.step(bench.recipe.train.learning_rate)
     if not np.isfinite(engine.sum([loss, norm])).all():
         raise UserError(
