@@ -106,7 +106,10 @@ def ranked(job: tuple[str, int]) -> tuple[tuple[str, int], dict[str, Any]]:
 
     task, seed = job
     with tempfile.TemporaryDirectory() as folder:
-        options = {"num_examples": EXAMPLES, "seed": seed, "output_dir": folder, "budget": {"flops": f"{LIMIT:.0%}"}}
+        options = {
+            "num_examples": EXAMPLES, "gate_steps": 10, "seed": seed, "output_dir": folder,
+            "budget": {"flops": f"{LIMIT:.0%}"},
+        }  # fmt: skip
         content = analyze(recipe_of(task, seed, analyze=options))
     orders = {
         name: sorted(range(LAYERS), key=lambda k: -found["scores"][f"layers.{k}"])

@@ -540,7 +540,7 @@ class AnalyzeOptions(Section):
     """ablation: on so many of the examples, since it costs about L / 2 forward passes."""
     probe_steps: Annotated[int, Field(ge=1)] = 5
     """change: training steps of each of the two probes."""
-    gate_steps: Annotated[int, Field(ge=1)] = 10
+    gate_steps: Annotated[int, Field(ge=1)] = 5
     """ila: steps of fitting the gates."""
     gate_learning_rate: Annotated[float, Field(gt=0)] = 0.5
     """ila: Adam's learning rate for the gates' logits."""
