@@ -1,4 +1,4 @@
-"""The reference of every recipe key, written from the models in recipe.py.
+"""The reference of every recipe key, written from the models in recipe.py and recipe_freeze.py.
 
     python -m dsfreeze.recipe_reference > docs/recipe.md
 
