@@ -16,7 +16,7 @@ from typing import Any
 
 from common import machine, spread, write
 
-ROUNDS, MEMORY_ROUNDS = 1, 3
+ROUNDS = 3
 DATA = Path(__file__).parents[2] / "shared" / "data" / "rte" / "train.jsonl.gz"
 WORDS = [
     "model=smollm2-135m", f"data.train={DATA}", "data.eval=null", "data.text=[premise,hypothesis]", "data.label=label",
@@ -71,7 +71,7 @@ def deviation(content: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     rounds = [analysis() for _ in range(ROUNDS)]
-    ratios = [(peak("gradients"), peak("inference")) for _ in range(MEMORY_ROUNDS)]
+    ratios = [(peak("gradients"), peak("inference")) for _ in range(ROUNDS)]
     first = rounds[0]
     write(
         __file__,
