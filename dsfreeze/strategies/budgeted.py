@@ -14,7 +14,8 @@ from functools import cached_property
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.budget import LIMITS, NO_LIMIT, Choice, Cost, Item, best_choice, parse_limit
 from dsfreeze.errors import UserError
-from dsfreeze.estimate import bytes_on_device, flops, places_of
+from dsfreeze.estimate.flops import flops, places_of
+from dsfreeze.estimate.states import bytes_on_device
 from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import FreezeOptions
 from dsfreeze.setting import Setting
