@@ -13,7 +13,8 @@ W ranks:
     persistent        3: b x elements of small tensors, frozen ones too
     gather copy       3: b (prefetch bucket + largest tensor): a prefetch's flat buffer lives until its last tensor is used,
                       beside the tensors cut from it (`partition_parameters.py: AllGatherCoalescedHandle`)
-    offload staging   2: b m on the device for accumulation (`temp_grad_buffer_for_gpu_offload`)
+    offload staging   2: b m on the device, and in host memory b (m + P_t / W) (`temp_grad_buffer_for_gpu_offload` and
+                      `..._cpu_offload`, `param_buffer_of_bit16_for_cpu_offload_groups`)
 
 There is no all-gather bucket: updated weights are gathered into place (`utils.py: all_gather_into_tensor_dp_groups`), whatever
 `allgather_bucket_size` says. With the optimizer offloaded the step needs nothing on the device but, at stage 2, one tensor's
@@ -53,6 +54,8 @@ class Buffers:
     offload_staging: int
     permanent: int
     """Of the above, what is there from the first step on, whatever runs."""
+    on_host: int
+    """Besides, in host memory."""
 
     @property
     def in_backward(self) -> int:
@@ -91,6 +94,7 @@ def buffers(
         gather_copy=dtype_bytes * _gather_copy(anatomy, sizes, limits or Limits()) if stage == 3 else 0,
         offload_staging=staging,
         permanent=persistent + staging + (reduce_bucket if stage == 3 else 0),
+        on_host=staging and staging + dtype_bytes * -(-sizes.trainable // world_size),
     )
 
 

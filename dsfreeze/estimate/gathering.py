@@ -31,7 +31,6 @@ from dsfreeze import zero_keys
 from dsfreeze.anatomy import Anatomy, Tensor
 from dsfreeze.estimate.flops import places_of
 
-
 _KEYS = (
     "stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size",
     "stage3_max_live_parameters",

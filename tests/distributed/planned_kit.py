@@ -16,6 +16,7 @@ PLANS = {
     "bottom": {"count": 2},
     "interval": {"strategy": "interval", "fraction": 0.5, "offset": 0},
     "norms": {"strategy": "norms"},
+    "bitfit": {"strategy": "bitfit"},
     "lora": {"count": 2, "adapter": {"kind": "lora", "r": 2, "alpha": 16}},
     "one matrix": {"strategy": "patterns", "trainable": ["layers.1.self_attn.o_proj"]},
     # half the matrices of every layer, as half fine-tuning would choose them

@@ -92,7 +92,17 @@ def look_into(cases):
                 overlap_comm=options.get("overlap_comm"), limits=limits,
             )  # fmt: skip
             small = [p for p in engine.module.parameters() if getattr(p, "ds_persist", False)]
-            found.append((engine.stage, seen, priced, nbytes(p.data for p in small)))
+            wrapper = engine.engine.optimizer
+            staging = (
+                nbytes([getattr(wrapper, "temp_grad_buffer_for_gpu_offload", None)]),
+                nbytes(
+                    [
+                        getattr(wrapper, "temp_grad_buffer_for_cpu_offload", None),
+                        *getattr(wrapper, "param_buffer_of_bit16_for_cpu_offload_groups", []),
+                    ]
+                ),
+            )
+            found.append((engine.stage, seen, priced, nbytes(p.data for p in small), staging))
             engine.close()
     return found
 
@@ -102,11 +112,14 @@ def test_against_live_objects():
     """Oracle: DeepSpeed's buckets, gathered parameters and fp32 gradients themselves. Buckets and weights to the byte; the
     gradient that a step holds to the padding of a group; the copy that is sent at most what the formula says, and more than
     half of it, since what is left of a bucket is never as large as the next tensor."""
-    for case, (stage, seen, priced, small) in zip(CASES, run_ranks(look_into, CASES, timeout=120)[0], strict=True):
+    for case, (stage, seen, priced, small, staging) in zip(
+        CASES, run_ranks(look_into, CASES, timeout=120)[0], strict=True
+    ):
         offload = "offload" in case[1]
         assert seen.bucket == priced.reduce_bucket, case
         assert seen.gathered == priced.gathered_weights, case
         assert small == priced.persistent_weights, case
+        assert staging == (priced.offload_staging, priced.on_host), case
         assert priced.reduce_copy / 2 <= seen.copy <= priced.reduce_copy, case
         if not offload:
             fp32 = priced.step_gradient * 4 // 6 if stage and case[3].get("bf16") else priced.step_gradient
