@@ -15,7 +15,7 @@ bucket into the ranks' slices, and with `use_multi_rank_bucket_allreduce`, DeepS
 all-reduce (`allreduce_and_scatter`). Stage 1 waits for the last micro-step, also with overlap_comm; stage 2 reduces at
 every one. The updated weights go group by group (`utils.py: all_gather_into_tensor_dp_groups`). At stage 3 every
 persistent tensor, frozen ones too, is gathered again after a step (`stage3.py: _post_step`), one by one. Gradients
-travel in the model's dtype also where they accumulate in fp32 (`communication_data_type`).
+travel in the model's dtype also where they accumulate in fp32 (`communication_data_type`; from the source).
 
 With the optimizer offloaded, shares of gradients and weights also pass between device and host memory, in all
 
@@ -26,10 +26,11 @@ With the optimizer offloaded, shares of gradients and weights also pass between 
 and `offload_param` spares the way up of the updated weights, b P_t / W, and takes b / W for each gathered element. Read in
 the source, not measured: on a CPU there is no such way.
 
-Measured (tests/distributed/test_communication.py, two ranks, five plans, all stages, with and without recomputation): no
-difference to the elements of DeepSpeed's own collectives. Left out: the gradient norm and overflow flags (under 30
-collectives of one element), padding (under W elements a tensor at stage 3, 2 W a group at 1 and 2), what a change of the
-trainable set and the loop's own sums send, and that `use_multi_rank_bucket_allreduce: false` sends half the gradients.
+Measured (tests/distributed/test_communication.py, two ranks, six plans, all stages): no difference to what DeepSpeed's own
+collectives carry, but for the few per cent of stage 3's gathers that `gathering` names. Left out: the gradient norm and
+overflow flags (single elements, a few a step), padding (under W elements a tensor at stage 3, 2 W a group at 1 and 2),
+what a change of the trainable set and the loop's own sums send, and that `use_multi_rank_bucket_allreduce: false` sends
+half the gradients.
 """
 
 from __future__ import annotations

@@ -25,6 +25,11 @@ PLANS = {
 #: stage 3 keeps nothing and prefetches nothing
 TIGHT = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
 BARE = {**SHARDED, **TIGHT}
+#: to the toy's 45,000 elements what the default limits are to 7e9
+PROPORTIONAL = {
+    "stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 3000, "stage3_max_reuse_distance": 6700,
+    "stage3_max_live_parameters": 6700,
+}  # fmt: skip
 
 
 def planned(choice, name, zero=None, model=None, **train):

@@ -9,7 +9,7 @@ import pytest
 from collectives import counted
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 from forks import run_ranks
-from planned_kit import BARE, TIGHT, planned
+from planned_kit import BARE, PROPORTIONAL, TIGHT, planned
 from tiny import examples, micro_batches, recipe_of, train_steps
 
 from dsfreeze.engine.memory import nbytes
@@ -28,6 +28,7 @@ CASES = [
     ("bottom", "zero2_offload", {}, {"bf16": True}),
     *[(choice, "zero3", zero, {"bf16": True}) for choice in ("full", "norms") for zero in (BARE, NEAR)],
     ("bottom", "zero3", NEAR, {"gradient_checkpointing": True}),
+    ("full", "zero3", PROPORTIONAL, {}),
     ("bottom", "zero3_offload", BARE, {}),
 ]  # fmt: skip
 
@@ -78,7 +79,7 @@ def look_into(cases):
     with process_group(recipe_of()):
         for choice, name, zero, train in cases:
             engine, plan, anatomy = planned(choice, name, zero, **train)
-            train_steps(engine, 0, 3 if engine.stage == 3 else 1)
+            train_steps(engine, 0, 2 if engine.stage == 3 else 1)
             seen, trainable = Seen(), plan.phases[0].trainable
             batch, weight = micro_batches(examples(3), engine.rank, W, 1)[0]
             with watched(engine, seen):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 from collectives import carried, counted
 from forks import run_ranks
-from planned_kit import BARE, TIGHT, planned
+from planned_kit import BARE, PROPORTIONAL, TIGHT, planned
 from tiny import examples, micro_batches, recipe_of, train_steps
-from zero_kit import SHARDED
 
 from dsfreeze.engine.process import process_group
 from dsfreeze.estimate.communication import communication, elements
@@ -22,8 +21,8 @@ PAIRS = {"bf16": True, "gradient_accumulation_steps": 2}
 
 
 def step_of(engine, accumulation):
-    """The collectives of one step's passes, and of its update, after steps in which stage 3 records its trace."""
-    train_steps(engine, 0, 3 if engine.stage == 3 else 1, accumulation=accumulation)
+    """The collectives of one step's passes, and of its update, after two passes in which stage 3 records its trace."""
+    train_steps(engine, 0, 2 // accumulation if engine.stage == 3 else 1, accumulation=accumulation)
     with counted() as passes:
         for batch, weight in micro_batches(examples(3), engine.rank, W, accumulation):
             engine.forward_backward(batch, weight)
@@ -83,8 +82,8 @@ def test_what_stage_3_gathers(checkpointing):
     with the shipped limits; adapters to 0.5 % (seen: 0.3 %), since peft reads lora_A outside of its own module."""
     train = {"gradient_checkpointing": checkpointing}
     cases = [(choice, "zero3", NEAR, train) for choice in CHOICES]
-    cases += [(choice, "zero3", BARE, {**train, **PAIRS}) for choice in CHOICES]
-    cases += [(choice, "zero3", SHIPPED, train) for choice in ("full", "norms", "lora")]
+    cases += [(choice, "zero3", BARE, {**train, "bf16": True}) for choice in CHOICES]
+    cases += [("norms", "zero3", SHIPPED, train), ("bottom", "zero3", SHIPPED, {**train, **PAIRS})]
     for case, (real, estimated) in zip(cases, run_ranks(compare, cases, timeout=120)[0], strict=True):
         assert real[0] == estimated[0], case
         assert real[2] == estimated[2], case
@@ -92,10 +91,14 @@ def test_what_stage_3_gathers(checkpointing):
 
 
 @pytest.mark.slow
-def test_a_prefetch_that_reaches_round_the_turning_point():
-    """Oracle: DeepSpeed's calls. Modules without tensors of their own prefetch too, and the anatomy has none of them: it
-    keeps a little less, and gathers up to 10 % more (seen: 9 % of this toy, whose prefetch is a seventh of it)."""
-    zero = {**SHARDED, **TIGHT, "stage3_prefetch_bucket_size": 6000}
-    cases = [(choice, "zero3", zero, {}) for choice in ("full", "bottom", "norms")]
-    for case, (real, estimated) in zip(cases, run_ranks(compare, cases)[0], strict=True):
-        assert real[1] <= estimated[1] <= 1.1 * real[1], case
+def test_what_prefetching_gathers():
+    """Oracle: DeepSpeed's calls, under limits in the proportion that the default ones have to a model of 7e9 elements, to 5 %
+    (seen: equal, but 3.5 % more of frozen matrices under recomputation). A prefetch of a seventh of the model meets itself round
+    the turning point; modules without tensors of their own prefetch too, which the anatomy lacks: to 10 % (seen: 9 %)."""
+    recomputing = {"gradient_checkpointing": True}
+    cases = [("full", {}), ("bottom", {}), ("norms", {}), ("full", recomputing), ("norms", recomputing)]
+    cases = [(choice, "zero3", PROPORTIONAL, train) for choice, train in cases]
+    cases += [(choice, "zero3", {**BARE, "stage3_prefetch_bucket_size": 6000}, {}) for choice in ("full", "norms")]
+    for case, (real, estimated) in zip(cases, run_ranks(compare, cases, timeout=120)[0], strict=True):
+        close = 0.1 if case[2] is not PROPORTIONAL else 0.05 if case[0] == "norms" and case[3] else 0
+        assert real[1] <= estimated[1] <= (1 + close) * real[1], case
