@@ -40,6 +40,12 @@ def offload_of(config: Config) -> bool:
     return "offload_optimizer" in config["zero_optimization"]
 
 
+def bucket_of(largest_set: int | None) -> int:
+    """What "auto" is for DeepSpeed's buffers, in elements: no more than the largest set that trains can fill."""
+    bucket = min(zero_keys.BUCKET, largest_set or zero_keys.BUCKET)
+    return bucket + bucket % 2  # DeepSpeed asserts that bucket sizes are even
+
+
 def ds_configs() -> dict[str, Path]:
     """The shipped files by name: those in the installed package, else the repository's."""
     folder = _PACKAGED if _PACKAGED.is_dir() else _IN_REPOSITORY
@@ -272,8 +278,7 @@ def _resolve(config: Config, owned: dict[str, _Owned], largest_set: int | None) 
     zero = config.setdefault("zero_optimization", {})
     zero["stage"] = stage = int(zero.get("stage", 0))
     if stage:
-        bucket = min(zero_keys.BUCKET, largest_set or zero_keys.BUCKET)
-        bucket += bucket % 2  # DeepSpeed asserts that bucket sizes are even
+        bucket = bucket_of(largest_set)
         for key in ("reduce_bucket_size", "allgather_bucket_size"):
             zero[key] = bucket if zero.get(key) in (None, AUTO) else int(zero[key])
     for key, value in zero_keys.AUTO_ZERO.items():

@@ -151,7 +151,7 @@ def measure(module, options: dict) -> tuple[float, Estimate]:
 
 
 class TestBytes:
-    """Oracle: bytes a parameter counted from live tensors of DeepSpeed on two ranks (18 on the host, of two)."""
+    """Oracle: bytes a parameter counted from live tensors of DeepSpeed on two ranks (18 on the host, of two, at stage 3)."""
 
     @pytest.mark.parametrize(
         ("stage", "dtype_bytes", "trainable", "frozen"),
@@ -168,10 +168,10 @@ class TestBytes:
         cost = price(TOY, {"count": 4}, stage=stage, world_size=2, dtype_bytes=2)
         assert cost.gradients == pytest.approx(each * cost.trainable, abs=4)
 
-    @pytest.mark.parametrize("stage", [2, 3])
-    def test_offload(self, stage):
+    @pytest.mark.parametrize(("stage", "each"), [(2, 16), (3, 18)])
+    def test_offload(self, stage, each):
         cost = price(TOY, {"count": 4}, stage=stage, world_size=2, dtype_bytes=2, offload=True)
-        assert cost.on_host == pytest.approx(18 * cost.trainable / 2, abs=32)
+        assert cost.on_host == pytest.approx(each * cost.trainable / 2, abs=32)
 
     def test_freezing_more_never_costs_more(self):
         """Oracle: monotony, in every figure."""
@@ -214,6 +214,27 @@ class TestAgainstDeepSpeedsEstimator:
         for stage, theirs in ((2, at_2 - 4 * shard), (3, at_3 - gathered - 2 * shard)):
             cost = price(self.LINEARS, {"strategy": "full"}, stage=stage, world_size=world_size, dtype_bytes=2)
             assert cost.weights + cost.gradients + cost.masters + cost.optimizer_state == theirs
+
+    @pytest.mark.parametrize("world_size", [1, 2, 4])
+    def test_nothing_frozen_and_offloaded(self, world_size):
+        """Without its safety factor of 1.5, and at stage 3 without the bf16 gradients (2 bytes an element) that 0.19.8 keeps in
+        host memory beside the fp32 ones; on one node, whose host memory all ranks share."""
+        stage12 = pytest.importorskip("deepspeed.runtime.zero.stage_1_and_2")
+        stage3 = pytest.importorskip("deepspeed.runtime.zero.stage3")
+        total, layer = 2_101_248, 262_656
+        at = {"world_size": world_size, "dtype_bytes": 2, "offload": True}
+        two, three = (price(self.LINEARS, {"strategy": "full"}, stage=stage, **at) for stage in (2, 3))
+        host, device = stage12.estimate_zero2_model_states_mem_needs(
+            total, world_size, 1, cpu_offload=True, additional_buffer_factor=1
+        )
+        assert (world_size * two.on_host, two.weights) == (host, device)
+        for cpu_offload_params in (False, True):
+            host, device, gathered = stage3.estimate_zero3_model_states_mem_needs(
+                total, layer, world_size, 1, cpu_offload_params=cpu_offload_params, additional_buffer_factor=1
+            )
+            moved = three.weights if cpu_offload_params else 0
+            assert world_size * (three.on_host + moved) == host + 2 * total
+            assert three.weights - moved == device - gathered
 
     def test_frozen_parameters_are_not_trainable_ones(self):
         """Oracle: by hand; DeepSpeed's counter says 2,101,248 of this, as if all trained."""

@@ -21,14 +21,14 @@ NUM_LAYERS = 4
 
 
 def tiny_llama(
-    *, layers: int = NUM_LAYERS, hidden: int = 32, heads: int = 4, vocab: int = 61, seed: int = 0
+    *, layers: int = NUM_LAYERS, hidden: int = 32, heads: int = 4, vocab: int = 61, seed: int = 0, **more: Any
 ) -> LlamaForCausalLM:
-    """A randomly initialised Llama, head untied, fp32, the same weights for the same seed."""
+    """A randomly initialised Llama, head untied, fp32, the same weights for the same seed; `more` goes to its config."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=heads, vocab_size=vocab, tie_word_embeddings=False, max_position_embeddings=256,
-        attn_implementation="sdpa", bos_token_id=None, eos_token_id=None,
+        attn_implementation="sdpa", bos_token_id=None, eos_token_id=None, **more,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
@@ -38,7 +38,10 @@ def llama_anatomy(model: nn.Module) -> Anatomy:
 
     def tensor(name: str, value: torch.Tensor) -> Tensor:
         owner = name.split(".")[-2]
-        category = CATEGORIES.get(owner) or ("embed" if "embed" in name else "head" if "head" in name else "norm")
+        bias = "bias" if name.endswith(".bias") else ""
+        category = (
+            bias or CATEGORIES.get(owner) or ("embed" if "embed" in name else "head" if "head" in name else "norm")
+        )
         return Tensor(name, tuple(value.shape), category)
 
     tensors = [tensor(n, p) for n, p in model.named_parameters()]
