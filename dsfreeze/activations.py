@@ -233,6 +233,10 @@ class TaskActivations:
         shared = sum({number: size for one in common for number, size in one.items()}.values())
         return self._timed(kept, whole, [bool(active) for _, active in causes], shared, shape)
 
+    def busy(self, batch: int, length: int) -> tuple[int, ...]:
+        """Bytes of everything that each part would store if all trained: what its element-wise operations write and read."""
+        return tuple(sum(evaluate(item.size, batch, length) for item in part.stored) for part in self.parts)
+
     def _timed(
         self, kept: list[int], whole: list[int], recorded: list[bool], shared: int, shape: tuple[int, int]
     ) -> Passes:

@@ -29,3 +29,28 @@ def setting_of(recipe: Recipe, world_size: int) -> Setting:
         bool(config and offload_of(config)),
         recipe.data.max_length,
     )
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a rank does in a step, as far as its price depends on it: sequences of a micro-batch, micro-steps, whether layers
+    recompute, the attention (None: transformers' choice), whether the frozen prefix is read from a cache."""
+
+    task: str = "causal_lm"
+    micro_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    attention: str | None = None
+    prefix_cache: bool = False
+
+
+def workload_of(recipe: Recipe) -> Workload:
+    """That of a recipe's run; a prefix cache is not yet a recipe's choice."""
+    train = recipe.train
+    return Workload(
+        recipe.task,
+        train.per_device_train_batch_size,
+        train.gradient_accumulation_steps,
+        train.gradient_checkpointing,
+        recipe.model.attn_implementation,
+    )

@@ -9,7 +9,7 @@ Below the lowest trainable tensor nothing is paid; above it every input gradient
 everything. So full tuning costs 3 N, and a frozen prefix of b layers of L, embedding included, L + 2 (L - b). The
 attention kernel (scores and their use) adds 4 s d forward, for s positions and d the width of the heads together, and
 twice that backward when anything below it trains; a causal kernel that skips the masked half does half of it.
-Left out: recomputation (checkpointing), element-wise work, look-ups, the optimizer, and DoRA's weight norm, which is
+Recomputation (checkpointing) is apart, in `recomputed_flops`. Left out: element-wise work, look-ups, the optimizer, and DoRA's weight norm, which is
 per step and not per token. Within the lowest trainable layer the order is input norm, q k v, o, second norm, up gate,
 down: a layer with parallel or post-normed parts may differ there by its own input gradients, and its attention kernel
 counts whole, though a frozen q or k spares an unfused one a quarter of its backward. In an encoder-decoder, a token is
@@ -57,6 +57,29 @@ def flops(
         forward += kernel
         backward += 2 * kernel if (index, _KERNEL) > lowest else 0
     return forward, backward
+
+
+def recomputed_flops(
+    anatomy: Anatomy, trainable: frozenset[str], sequence_length: int, unrepeated: frozenset[str] = frozenset()
+) -> int:
+    """FLOPs of a token that gradient checkpointing runs once more: every transformer layer from the lowest trainable one up, its
+    attention kernel included, without the matrices `unrepeated`, after which a layer stores nothing (torch's non-reentrant checkpoint
+    stops there: a Llama layer's down projection)."""
+    again = 0
+    for layer in anatomy.layers[anatomy.lowest_trainable(trainable) :]:
+        if layer.is_block:
+            again += sum(t.flops_per_token for t in layer.tensors if t.name not in unrepeated)
+            again += 4 * sequence_length * anatomy.attention_width * _kernels(layer)
+    return again
+
+
+def prefix_flops(anatomy: Anatomy, trainable: frozenset[str], sequence_length: int) -> int:
+    """FLOPs of a token's forward pass through the layers below the lowest trainable one, which a prefix cache spares."""
+    return sum(
+        layer.flops_per_token + 4 * sequence_length * anatomy.attention_width * _kernels(layer)
+        for layer in anatomy.prefix(trainable)
+        if layer.is_block
+    )
 
 
 def places_of(anatomy: Anatomy) -> dict[str, Place]:

@@ -1,0 +1,248 @@
+"""The whole price of a plan: bytes item by item, peaks of each part of a step, FLOPs, bytes sent, seconds.
+
+`PlanCost` works out once what does not depend on stage, ranks or device, so that a table over all of them takes no longer than
+a row. Peaks are sums of what is alive at once, on one rank's device:
+
+    forward    states (without gradients, unless stage 3 holds them for ever or micro-steps accumulate) + permanent buffers
+               + gathered weights + the fullest moment of the forward pass
+    backward   states + buffers of backward + the fullest of: what is stored up to a layer, that layer's working set, gradients of
+               the layers above it
+    step       states with gradients + the step's buffers
+
+Where a plan moves, memory is that of its fullest phase: the one that trains most, and the one that reaches lowest.
+
+Left out: what the framework, CUDA and the communication library take (0.5 to 1.5 GB on a GPU), the allocator's fragments, padding of batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from dsfreeze.activations import Passes, TaskActivations
+from dsfreeze.anatomy import Anatomy
+from dsfreeze.estimate import Estimate, as_trained, estimate
+from dsfreeze.estimate.buffers import Buffers, buffers
+from dsfreeze.estimate.communication import Communication, Elements, communication, elements
+from dsfreeze.estimate.flops import prefix_flops, recomputed_flops
+from dsfreeze.estimate.seconds import Seconds, Work, seconds
+from dsfreeze.hardware import Device
+from dsfreeze.plan import FreezePlan, Phase
+from dsfreeze.setting import Setting, Workload
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """The most bytes on the device in each part of a step."""
+
+    forward: int
+    backward: int
+    step: int
+
+    @property
+    def most(self) -> int:
+        return max(self.forward, self.backward, self.step)
+
+
+@dataclass(frozen=True)
+class Price:
+    """A plan at one setting. `items`: bytes on the device by name, not all alive at once. `tokens`: of one rank's optimizer step."""
+
+    setting: Setting
+    states: Estimate
+    items: dict[str, int]
+    peaks: Peaks
+    host: int
+    tokens: int
+    recomputed_flops: int
+    spared_flops: int
+    sent: Communication
+    work: Work
+
+    @property
+    def flops_per_token(self) -> int:
+        """Executed: recomputation counts, what a prefix cache spares does not."""
+        return self.states.flops_per_token + self.recomputed_flops - self.spared_flops
+
+    @property
+    def flops_per_step(self) -> int:
+        """Of one rank."""
+        return self.tokens * self.flops_per_token
+
+    def on(self, device: Device, scale: float = 1.0) -> Seconds:
+        """Seconds of a step on a device; `scale` is a calibration's factor."""
+        setting = self.setting
+        return seconds(
+            device, self.work, self.sent, stage=setting.stage, world_size=setting.world_size,
+            dtype_bytes=setting.dtype_bytes, scale=scale,
+        )  # fmt: skip
+
+
+class PlanCost:
+    """A plan's price as far as it is the same at every stage and world size."""
+
+    def __init__(
+        self, anatomy: Anatomy, plan: FreezePlan, activations: TaskActivations, work: Workload,
+        *, dtype_bytes: int = 2, sequence_length: int = 512, num_steps: int | None = None,
+    ) -> None:  # fmt: skip
+        self.anatomy, self.plan, self.activations, self.work = as_trained(anatomy, plan), plan, activations, work
+        self.dtype_bytes, self.length, self.num_steps = dtype_bytes, sequence_length, num_steps
+        self.phases = tuple(_PhaseCost(self, phase) for phase in self._fullest())
+
+    def _fullest(self) -> list[Phase]:
+        numel = {t.name: t.numel for t in self.anatomy.tensors}
+        most = max(self.plan.phases, key=lambda phase: sum(numel[name] for name in phase.trainable))
+        lowest = min(self.plan.phases, key=lambda phase: self.anatomy.lowest_trainable(phase.trainable))
+        return list({phase.trainable: phase for phase in (most, lowest)}.values())
+
+    @cached_property
+    def _unsharded(self) -> Estimate:
+        """FLOPs, which are the same everywhere."""
+        return self._states(Setting(0, 1, self.dtype_bytes, False, self.length))
+
+    def _states(self, setting: Setting) -> Estimate:
+        return estimate(
+            self.anatomy, self.plan, stage=setting.stage, world_size=setting.world_size,
+            dtype_bytes=setting.dtype_bytes, offload=setting.offload, sequence_length=self.length, num_steps=self.num_steps,
+        )  # fmt: skip
+
+    def at(self, stage: int, world_size: int, *, offload: bool = False) -> Price:
+        """The price at a ZeRO stage on so many ranks; of a plan that moves, with its fullest phase's memory."""
+        setting = Setting(stage, world_size, self.dtype_bytes, offload, self.length)
+        states = self._states(setting)
+        return max((phase.price(setting, states) for phase in self.phases), key=lambda price: price.peaks.most)
+
+
+class _PhaseCost:
+    """One phase of a plan."""
+
+    def __init__(self, cost: PlanCost, phase: Phase) -> None:
+        self.cost, self.chosen = cost, frozenset(phase.trainable)
+        work, anatomy, length = cost.work, cost.anatomy, cost.length
+        checkpointing = work.gradient_checkpointing
+        self.tokens = work.micro_batch_size * length
+        self.sizes: Elements = elements(anatomy, self.chosen, checkpointing=checkpointing)
+        self.passes: Passes = cost.activations.passes(
+            anatomy, self.chosen, work.micro_batch_size, length, checkpointing=checkpointing,
+            dropout=cost.plan.adapter.dropout if cost.plan.adapter else 0.0,
+        )  # fmt: skip
+        last = cost.activations.unrepeated(anatomy)
+        self.recomputed = recomputed_flops(anatomy, self.chosen, length, last) if checkpointing else 0
+        self.spared = prefix_flops(anatomy, self.chosen, length) if work.prefix_cache else 0
+        self.cached = self.tokens * anatomy.hidden_size * cost.dtype_bytes if work.prefix_cache else 0
+
+    def price(self, setting: Setting, states: Estimate) -> Price:
+        cost, work = self.cost, self.cost.work
+        held = buffers(
+            cost.anatomy, self.chosen, self.sizes, stage=setting.stage, world_size=setting.world_size,
+            dtype_bytes=setting.dtype_bytes, offload=setting.offload,
+        )  # fmt: skip
+        sent = communication(
+            self.sizes, stage=setting.stage, world_size=setting.world_size, dtype_bytes=setting.dtype_bytes,
+            accumulation=work.gradient_accumulation_steps, offload=setting.offload,
+        )  # fmt: skip
+        return Price(
+            setting=setting,
+            states=states,
+            items=self._items(setting, states, held),
+            peaks=self._peaks(setting, states, held),
+            host=states.on_host + held.on_host,
+            tokens=self.tokens * work.gradient_accumulation_steps,
+            recomputed_flops=self.recomputed,
+            spared_flops=self.spared,
+            sent=sent,
+            work=self._work(setting, states),
+        )
+
+    def _items(self, setting: Setting, states: Estimate, held: Buffers) -> dict[str, int]:
+        trained = min(
+            states.weights,
+            setting.dtype_bytes * self.sizes.trainable // (setting.world_size if setting.stage == 3 else 1),
+        )
+        on_device = 0 if setting.offload else 1
+        return {
+            "frozen weights": states.weights - trained,
+            "trainable weights": trained,
+            "gradients": on_device * states.gradients,
+            "masters": on_device * states.masters,
+            "moments": on_device * states.optimizer_state,
+            "parked state": on_device * states.parked if self.cost.plan.state == "keep" else 0,
+            "reduce bucket": held.reduce_bucket + held.reduce_copy,
+            "gathered weights": held.gathered_weights + held.persistent_weights + held.gather_copy,
+            "offload staging": held.offload_staging,
+            "step gradient": held.step_gradient,
+            "activations": self.passes.total - self.passes.stored[-1],
+            "logits and loss": max(self.passes.backward[-1], self.passes.forward[-1]) - self._below_end(),
+            "prefix cache": self.cached,
+        }
+
+    def _below_end(self) -> int:
+        return self.passes.total - self.passes.stored[-1]
+
+    def _peaks(self, setting: Setting, states: Estimate, held: Buffers) -> Peaks:
+        on_device = states.weights + (0 if setting.offload else states.masters + states.optimizer_state)
+        on_device += states.parked if self.cost.plan.state == "keep" and not setting.offload else 0
+        gradients = 0 if setting.offload else states.gradients
+        waits = gradients if setting.stage == 3 or self.cost.work.gradient_accumulation_steps > 1 else 0
+        resident = on_device + held.permanent + self.cached
+        gathered = held.gathered_weights + held.gather_copy
+        return Peaks(
+            forward=resident + waits + gathered + max(self._forward()),
+            backward=on_device + self.cached + held.in_backward + self._fullest_backward(gradients, waits),
+            step=resident + gradients + held.step_gradient,
+        )
+
+    def _forward(self) -> tuple[int, ...]:
+        """The fullest moment of each part's forward pass; a cached prefix is not run."""
+        skipped = self.cost.anatomy.lowest_trainable(self.chosen) if self.cached else 0
+        return self.passes.forward[skipped:]
+
+    def _fullest_backward(self, gradients: int, waiting: int) -> int:
+        """Activations up to a part with the gradients of the parts above it, at the fullest."""
+        numel = self._trained_of_parts()
+        whole, above, most = sum(numel), 0, gradients
+        for count, size in zip(reversed(numel), reversed(self.passes.backward), strict=True):
+            most = max(most, size + max(waiting, gradients * above // whole))
+            above += count
+        return most
+
+    def _trained_of_parts(self) -> list[int]:
+        """Elements that train before the layers, in each, and after them."""
+        anatomy = self.cost.anatomy
+
+        def count(layers: Iterable[str]) -> int:
+            return sum(t.numel for name in layers for t in self._layers[name] if t.name in self.chosen)
+
+        return [count(["embed"]), *(count([layer.name]) for layer in anatomy.blocks), count(["norm", "head"])]
+
+    @cached_property
+    def _layers(self) -> dict[str, tuple]:
+        tensors = {layer.name: layer.tensors for layer in self.cost.anatomy.layers}
+        return {"embed": (), "norm": (), "head": (), **tensors}
+
+    def _work(self, setting: Setting, states: Estimate) -> Work:
+        work = self.cost.work
+        tokens = self.tokens * work.gradient_accumulation_steps
+        stepped = -(-states.trainable // setting.world_size) if setting.stage else states.trainable
+        return Work(
+            forward_flops=tokens * (states.forward_flops + self.recomputed - self.spared),
+            backward_flops=tokens * states.backward_flops,
+            pass_bytes=work.gradient_accumulation_steps * self._pass_bytes,
+            stepped=stepped,
+            on_host=setting.offload,
+            cache_bytes=work.gradient_accumulation_steps * self.cached,
+        )
+
+    @cached_property
+    def _pass_bytes(self) -> int:
+        """Bytes that one micro-batch's passes move through the device's memory."""
+        cost = self.cost
+        busy = cost.activations.busy(cost.work.micro_batch_size, cost.length)
+        lowest = next(i for i, size in enumerate(self.passes.backward) if size)
+        first = lowest if self.cached else 0
+        read = [layer.numel for layer in cost.anatomy.layers if layer.name != "embed"]
+        cut = max(0, cost.anatomy.lowest_trainable(self.chosen) - 1)
+        moved = 2 * sum(busy[first:]) + 3 * sum(busy[lowest:])
+        moved += 2 * sum(busy[lowest:-1]) if cost.work.gradient_checkpointing else 0
+        return moved + cost.dtype_bytes * (sum(read) + sum(read[cut:]) + self.sizes.trainable)

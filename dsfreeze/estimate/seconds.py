@@ -1,0 +1,90 @@
+"""Seconds of an optimizer step by a roofline of products, memory and links, and what a measured run says about it.
+
+    products       FLOPs / (0.5 peak); a backward product takes `BACKWARD` times as long as a forward one of equal FLOPs
+    memory         bytes / (0.8 bandwidth), added to the products, since kernels run one after another:
+                   weights b P a forward, b P_above a backward, b P_t gradients written; of a layer's activations (all it could store)
+                   2 x in a forward pass (written, read), 3 x in a backward one (stored ones read, gradients written and read)
+    optimizer      48 bytes an element stepped in fp32, 52 in bf16 (AdamW 28; gradient flattened, measured and clipped; the rounded weight written)
+    links          bytes sent (`communication`) / ring bandwidth. Gathers of stage 3 hide behind a pass of equal length; the rest is
+                   waited for, as in our configurations (overlap_comm is on at stage 3 alone)
+    host           bytes to and from host memory / PCIe, and the offloaded optimizer's 40 bytes an element at `HOST_STEP`
+
+The two efficiencies are assumptions of ours, and so is `HOST_STEP`. On a CPU a backward product costs 1.4 times a forward one of
+equal FLOPs (measured beside it, benchmarks/planner.json: transposed operands); on accelerators 1.0 is taken, not measured. A calibration replaces
+the absolute level: the factor between one measured run and this formula at the same setting multiplies everything that the
+device does itself, links and host apart. So ratios between plans come from the formula, and seconds from the run.
+
+Measured on a CPU against `benchmarks/planner.json`, calibrated on full tuning: ratios of seven other plans within 10 %. Left
+out: kernel launches (small models on accelerators are slower than this), stragglers, evaluation, data loading, padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsfreeze.estimate.communication import Communication
+from dsfreeze.hardware import Device
+
+EFFICIENCY, BANDWIDTH = 0.5, 0.8
+#: Seconds of a backward product over a forward one of equal FLOPs.
+BACKWARD = {"cpu": 1.4}
+#: Bytes a second at which a node's host steps an offloaded optimizer, all ranks together (assumption).
+HOST_STEP = 100e9
+#: Bytes that a step moves an element, by the model's bytes an element; offloaded ones see no rounding.
+STEPPED = {2: 52, 4: 48}
+HOST_STEPPED = 40
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one rank's device does in one optimizer step: FLOPs of forward (recomputation included) and backward products, bytes
+    moved by the passes, elements that it steps, on the device or on the host, and bytes that it reads from a prefix cache."""
+
+    forward_flops: float
+    backward_flops: float
+    pass_bytes: float
+    stepped: int
+    on_host: bool = False
+    cache_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one optimizer step on one rank. `links` is what is waited for."""
+
+    products: float
+    memory: float
+    optimizer: float
+    links: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        return self.products + self.memory + self.optimizer + self.links + self.host
+
+
+def seconds(
+    device: Device,
+    work: Work,
+    sent: Communication,
+    *,
+    stage: int,
+    world_size: int,
+    dtype_bytes: int,
+    scale: float = 1.0,
+) -> Seconds:
+    """The formula above; `scale` is a calibration's factor."""
+    peak, bandwidth = EFFICIENCY * device.flops(dtype_bytes), BANDWIDTH * device.memory_bandwidth
+    products = scale * (work.forward_flops + BACKWARD.get(device.name, 1.0) * work.backward_flops) / peak
+    memory = scale * work.pass_bytes / bandwidth
+    stepped = (
+        HOST_STEPPED / HOST_STEP * min(world_size, device.per_node)
+        if work.on_host
+        else scale * STEPPED[dtype_bytes] / bandwidth
+    )
+    ring = device.ring_bandwidth(world_size)
+    hidden = sent.forward_weights + sent.backward_weights if stage == 3 else 0
+    waited = (sent.sent - hidden) / ring + max(0.0, hidden / ring - products - memory)
+    host = (sent.to_host + sent.from_host) / device.host_bandwidth
+    reading = work.cache_bytes / (device.storage_bandwidth / min(world_size, device.per_node))
+    return Seconds(products, memory, work.stepped * stepped, waited, host + reading)
