@@ -220,10 +220,9 @@ class Anatomy:
         return replace(self, layers=(*kept, Layer("head", (*before, *head))))
 
     def _tasks(self, is_decoder: bool) -> tuple[str, ...]:
-        classifiers = ("classification", "tokens") if is_decoder or self.model_type in ENCODER_PREFIXES else ()
-        if self.model_type in NO_TOKEN_HEADS:
-            classifiers = ("classification",)
-        return (*classifiers, *(("causal_lm", "sft") if is_decoder else ()))
+        able = ("classification", "tokens") if is_decoder or self.model_type in ENCODER_PREFIXES else ()
+        kept = [task for task in able if task == "classification" or self.model_type not in NO_TOKEN_HEADS]
+        return (*kept, *(("causal_lm", "sft") if is_decoder else ()))
 
     def with_labels(self, num_labels: int) -> Anatomy:
         """A two-label classifier's anatomy for `num_labels`: what has two rows in its head gets as many."""

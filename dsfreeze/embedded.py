@@ -60,7 +60,7 @@ EMBEDDED = {
 
 
 def available(model: Embedded) -> str:
-    """"yes", or the command that makes the model available."""
+    """ "yes", or the command that makes the model available."""
     return "yes" if _find(model) else _install(model)
 
 

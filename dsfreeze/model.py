@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -179,7 +180,7 @@ def _read_config(options: ModelOptions) -> PreTrainedConfig:
     try:
         with quiet_transformers():
             return AutoConfig.from_pretrained(source, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         if os.path.isdir(source):
             raise UserError(f"{Path(source) / 'config.json'} cannot be used: {_first_line(error)}.") from error
         raise UserError(

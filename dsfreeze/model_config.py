@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from dsfreeze.anatomy import Anatomy
@@ -47,7 +48,11 @@ POSITIVE = re.compile(
     r"(vocab|hidden|intermediate)_size|num_(hidden_layers|layers|attention_heads|heads|key_value_heads)|n_(layer|head|embd)"
     r"|d_(model|ff|kv)|head_dim|(encoder|decoder)_(layers|attention_heads|ffn_dim)"
 )
-SIZE = re.compile(r"\w*(_size|_dim|_rank|_layers|_heads|_experts|_embeddings|_positions)|n_inner")
+SIZE = re.compile(r"\w*(_size|_dim|_rank|_layers|_heads|_experts|_embeddings)|n_(inner|positions)")
+#: How transformers' code takes, sets and looks for fields that a config class does not declare.
+TAKEN = re.compile(r'kwargs\.(?:pop|get|setdefault)\(\s*"(\w+)"')
+SET = re.compile(r"^\s+self\.(\w+) = ", re.MULTILINE)
+LOOKED_FOR = re.compile(r'getattr\(\s*(?:self\.)?config,\s*"(\w+)"')
 #: More than any model has: layers and experts are built one by one, other sizes only multiplied.
 MOST_PARTS, MOST_OF_A_SIZE, MOST_PARAMETERS = 2_000, 2**24, 10**14
 
@@ -100,7 +105,7 @@ def _make_config(file: Path, raw: dict[str, Any]) -> PreTrainedConfig:
     try:
         with quiet_transformers():
             config = CONFIG_MAPPING[kind].from_dict(_without_bookkeeping(raw))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"{file}: {_sentence(error)}") from None
     _check_divisions(file, raw, config)
     return config
@@ -108,7 +113,11 @@ def _make_config(file: Path, raw: dict[str, Any]) -> PreTrainedConfig:
 
 def _without_bookkeeping(raw: dict[str, Any]) -> dict[str, Any]:
     """The fields that a config is made of; what names code or a quantisation is left out."""
-    return {key: value for key, value in raw.items() if key not in ("auto_map", "quantization_config", "transformers_version", *ONLY_AT)}
+    return {
+        key: value
+        for key, value in raw.items()
+        if key not in ("auto_map", "quantization_config", "transformers_version", *ONLY_AT)
+    }
 
 
 def _parts(
@@ -140,19 +149,19 @@ def _check_fields(file: Path, where: str, config_class: type[PreTrainedConfig], 
 
 
 def known_fields(config_class: type[PreTrainedConfig]) -> set[str]:
-    """The fields that a config class reads: its own, their other names, and those it takes over from old files."""
-    own = {field.name for field in fields(config_class)} | set(config_class.attribute_map)
-    return own | set(config_class.sub_configs or ()) | _taken_over(config_class) | BOOKKEEPING
+    """The fields that a config class or its models read: its own, their other names, and those that neither declares."""
+    own = {field.name for field in fields(config_class)}
+    own |= {name for pair in config_class.attribute_map.items() for name in pair}
+    return own | set(config_class.sub_configs or ()) | _read_undeclared(config_class) | BOOKKEEPING
 
 
-def _taken_over(config_class: type[PreTrainedConfig]) -> set[str]:
-    """Names of old fields that `__post_init__` looks for in what is left over."""
-    found: set[str] = set()
-    for base in config_class.__mro__:
-        post_init = vars(base).get("__post_init__")
-        if post_init is not None and base is not PreTrainedConfig:
-            found |= set(re.findall(r'kwargs\.(?:pop|get|setdefault)\(\s*"(\w+)"', inspect.getsource(post_init)))
-    return found
+def _read_undeclared(config_class: type[PreTrainedConfig]) -> set[str]:
+    """Fields that `__post_init__` sets or takes from what is left over, or that the model looks for with getattr."""
+    post_inits = [vars(base).get("__post_init__") for base in config_class.__mro__ if base is not PreTrainedConfig]
+    made = "".join(inspect.getsource(post_init) for post_init in post_inits if post_init is not None)
+    folder = Path(inspect.getfile(config_class)).parent
+    models = "".join(file.read_text(encoding="utf-8") for file in folder.glob("modeling_*.py"))
+    return {*TAKEN.findall(made), *SET.findall(made), *LOOKED_FOR.findall(models)}
 
 
 def _check_size(file: Path, path: str, field: str, value: Any) -> None:
@@ -171,7 +180,9 @@ def _check_size(file: Path, path: str, field: str, value: Any) -> None:
 def _check_divisions(file: Path, raw: dict[str, Any], config: PreTrainedConfig) -> None:
     """Heads share the hidden size evenly, unless a head's size is given; queries share keys and values evenly."""
     text = config.get_text_config()
-    own = next((part for part in raw.values() if isinstance(part, dict) and part.get("model_type") == text.model_type), raw)
+    own = next(
+        (part for part in raw.values() if isinstance(part, dict) and part.get("model_type") == text.model_type), raw
+    )
     width, heads, groups = (
         getattr(text, name, None) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")
     )
@@ -196,13 +207,15 @@ def _head_size_is_given(raw: dict[str, Any], config: PreTrainedConfig) -> bool:
 def _read_task(file: Path, config: PreTrainedConfig, task: str, name: str) -> Anatomy:
     config.num_labels = 2
     try:
-        with torch.device("meta"), quiet_transformers(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the anatomy's notes say the same
-            anatomy = read_anatomy(AUTO_CLASSES[task].from_config(config, trust_remote_code=False), name)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
-    except Exception as error:  # noqa: BLE001 (a class of transformers may fail in any way on odd numbers)
-        raise UserError(f"{file}: transformers cannot build this {config.model_type} model: {_sentence(error)}") from error
+        with torch.device("meta"), quiet_transformers():
+            module = AUTO_CLASSES[task].from_config(config, trust_remote_code=False)
+    except Exception as error:  # a class of transformers may fail in any way on odd numbers
+        raise UserError(
+            f"{file}: transformers cannot build this {config.model_type} model: {_sentence(error)}"
+        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the anatomy's notes say the same
+        anatomy = read_anatomy(module, name)
     if anatomy.numel > MOST_PARAMETERS:
         raise UserError(f"{file}: its sizes make {anatomy.numel:,} parameters, more than any model has. Correct them.")
     return anatomy
@@ -211,4 +224,4 @@ def _read_task(file: Path, config: PreTrainedConfig, task: str, name: str) -> An
 def _sentence(error: BaseException) -> str:
     """The last line of what transformers says, where it names field and value."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
-    return lines[-1].strip().rstrip(".") + "."
+    return lines[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ").rstrip(".") + "."

