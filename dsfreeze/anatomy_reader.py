@@ -245,7 +245,7 @@ class _Reader:
             return 2 * parameter.numel()
         experts = self.module.get_submodule(".".join(parts[: parts.index("experts") + 1]))
         count = len(experts) if isinstance(experts, nn.ModuleList) else parameter.shape[0]
-        top_k = next((getattr(self.config, field) for field in TOP_K if hasattr(self.config, field)), count)
+        top_k = next((k for field in TOP_K if (k := getattr(self.config, field, None))), count)
         return 2 * parameter.numel() * min(int(top_k), count) // count
 
     def _note_unknown(self, tensors: Iterable[Tensor]) -> None:

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    DeepseekV2Config,
     DeepseekV3Config,
     Gemma3Config,
     Qwen3MoeConfig,
@@ -149,6 +150,20 @@ def test_routed_experts_count_by_their_share() -> None:
     anatomy = read_anatomy(module, "experts")
     total = sum(t.flops_per_token for t in anatomy.tensors)
     assert counted_flops(module, 8) == 8 * total + LAYERS * 4 * 64 * anatomy.attention_width
+
+
+def test_experts_without_a_number_to_choose_count_whole() -> None:
+    """Oracle: two FLOPs for each element; DeepSeek-V2's class leaves the number open."""
+    config = DeepseekV2Config(
+        vocab_size=VOCAB, hidden_size=D, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, num_experts_per_tok=None, kv_lora_rank=8,
+        q_lora_rank=None, first_k_dense_replace=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        anatomy = read_anatomy(AutoModelForCausalLM.from_config(config), "all")
+    experts = [t for t in anatomy.tensors if ".experts." in t.name]
+    assert experts
+    assert all(t.flops_per_token == 2 * t.numel for t in experts)
 
 
 def test_a_vision_tower_is_no_part_of_the_text_model() -> None:
