@@ -192,7 +192,7 @@ def _check_divisions(file: Path, raw: dict[str, Any], config: PreTrainedConfig) 
         width, heads, groups = (
             getattr(text, name, None) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")
         )
-    except (ValueError, AttributeError):  # two text models in one, or numbers that differ by layer
+    except (ValueError, AttributeError, RuntimeError):  # two text models in one, or numbers that differ by layer
         return
     own = next(
         (part for part in raw.values() if isinstance(part, dict) and part.get("model_type") == text.model_type), raw
