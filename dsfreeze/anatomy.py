@@ -29,7 +29,11 @@ SHIPPED = Path(__file__).parent / "anatomies"
 #: transformers' name of the token-classification head where it is not `score`.
 TOKEN_HEADS = dict.fromkeys(("gpt2", "gpt_neox", "bloom", "falcon"), "classifier")
 #: Attribute under which a task model keeps its base encoder.
-ENCODER_PREFIXES = {"bert": "bert"}
+ENCODER_PREFIXES = {"bert": "bert", "modernbert": "model"}
+#: Encoders whose task models have a dense layer and a norm before the classifier.
+DENSE_HEADS = ("modernbert",)
+#: Decoders of which transformers has no token classifier.
+NO_TOKEN_HEADS = ("gemma3_text", "olmo2")
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,9 @@ class Anatomy:
     """A model as an ordered tuple of layers, input first.
 
     `hidden_size` d and `attention_width` (query heads x head size) are elements; `vocab_size` 0 where there is no
-    token embedding. `structural` is true when the architecture was unknown and the layers were found by structure.
+    token embedding. Where values are narrower than keys (multi-head latent attention), the width is the mean of the
+    two, so that 4 s width is still what scores and their use cost. `structural` is true when the architecture was
+    unknown and the layers were found by structure.
     """
 
     name: str
@@ -189,9 +195,11 @@ class Anatomy:
         is_decoder = any("lm_head.weight" in (t.name, *t.aliases) for t in self.tensors)
         if is_decoder and task in ("causal_lm", "sft"):
             return self
-        if task not in ("classification", "tokens") or not (is_decoder or self.model_type in ENCODER_PREFIXES):
-            able = "classification, tokens" + (", causal_lm, sft" if is_decoder else "")
-            raise UserError(f"Model '{self.name}' ({self.model_type}) cannot do task '{task}'. Its tasks: {able}.")
+        able = self._tasks(is_decoder)
+        if task not in able:
+            raise UserError(
+                f"Model '{self.name}' ({self.model_type}) cannot do task '{task}'. Its tasks: {', '.join(able)}."
+            )
         parts = _without_lm_head(self) if is_decoder else _under_prefix(self, ENCODER_PREFIXES[self.model_type], task)
         stem = (
             "classifier"
@@ -205,8 +213,31 @@ class Anatomy:
         if task == "tokens" or not is_decoder:
             head.append(Tensor(f"{stem}.bias", shape[:1], "bias"))
         kept = tuple(layer for layer in parts if layer.name != "head")
-        pooler = tuple(t for layer in parts if layer.name == "head" for t in layer.tensors)
-        return replace(self, layers=(*kept, Layer("head", (*pooler, *head))))
+        before = [t for layer in parts if layer.name == "head" for t in layer.tensors]  # a pooler
+        if self.model_type in DENSE_HEADS:
+            before.append(Tensor("head.dense.weight", (self.hidden_size,) * 2, "head", 2 * self.hidden_size**2))
+            before.append(Tensor("head.norm.weight", (self.hidden_size,), "norm"))
+        return replace(self, layers=(*kept, Layer("head", (*before, *head))))
+
+    def _tasks(self, is_decoder: bool) -> tuple[str, ...]:
+        able = ("classification", "tokens") if is_decoder or self.model_type in ENCODER_PREFIXES else ()
+        kept = [task for task in able if task == "classification" or self.model_type not in NO_TOKEN_HEADS]
+        return (*kept, *(("causal_lm", "sft") if is_decoder else ()))
+
+    def with_labels(self, num_labels: int) -> Anatomy:
+        """A two-label classifier's anatomy for `num_labels`: what has two rows in its head gets as many."""
+
+        def relabelled(tensor: Tensor) -> Tensor:
+            if tensor.shape[0] != 2:
+                return tensor
+            shape = (num_labels, *tensor.shape[1:])
+            return replace(tensor, shape=shape, flops_per_token=tensor.flops_per_token // 2 * num_labels)
+
+        layers = (
+            replace(layer, tensors=tuple(map(relabelled, layer.tensors))) if layer.name == "head" else layer
+            for layer in self.layers
+        )
+        return replace(self, layers=tuple(layers))
 
     # -- adapters ----------------------------------------------------------------------------------------------
 

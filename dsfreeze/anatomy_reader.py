@@ -2,8 +2,9 @@
 
 Rules by leaf module name, one short table for all architectures, because transformers' families differ in few names; a
 matrix whose name no rule knows is `other`, and the anatomy's notes say so. Nothing is computed, so a module on the meta
-device will do. Not covered: vision towers (they count as embedding) and layers that are run more than once a
-token (ALBERT), whose FLOPs are counted once.
+device will do. What a model has beside its text model (a vision tower, a projector) is part of `embed` and costs
+nothing, for a text passes none of it. Not covered: layers that are run more than once a token (ALBERT), whose FLOPs
+are counted once.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from transformers.pytorch_utils import Conv1D
 from dsfreeze.anatomy import Anatomy, Layer, Tensor
 from dsfreeze.errors import UserError
 
-#: Matrices inside an attention module, by the name of the module (or parameter) that holds them.
+#: Matrices inside an attention module, by the name of the module (or parameter) that holds them. Latent attention makes
+#: keys and values from one latent: what reads it off (with the shared rotary key) is counted as `k`, what unfolds it
+#: into both (rows of either, head by head) as `v`.
 ATTENTION_NAMES = {
     "q": ("q_proj", "query", "query_proj", "q_lin", "q", "wq", "q_a_proj", "q_b_proj", "pos_query_proj"),
-    "k": ("k_proj", "key", "key_proj", "k_lin", "k", "wk", "pos_key_proj"),
-    "v": ("v_proj", "value", "value_proj", "v_lin", "v", "wv"),
+    "k": ("k_proj", "key", "key_proj", "k_lin", "k", "wk", "pos_key_proj", "kv_a_proj_with_mqa"),
+    "v": ("v_proj", "value", "value_proj", "v_lin", "v", "wv", "kv_b_proj"),
     "o": ("o_proj", "out_proj", "dense", "c_proj", "out_lin", "o", "wo", "Wo"),
     "qkv": ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "in_proj"),
 }
@@ -42,6 +45,8 @@ HEAD_NAMES = {
 }  # fmt: skip
 EMBED_NAMES = {"wte", "wpe", "shared", "project_in"}
 DEPTHS = ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+#: In the paths of towers for something else than text.
+OTHER_SENSES = ("vision", "visual", "image", "audio", "speech")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
 
 
@@ -88,6 +93,7 @@ class _Reader:
         self.module = module
         config = getattr(module, "config", None)
         self.config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.has_more_than_text = bool(getattr(config, "sub_configs", None)) and self.config is not config
         self.notes: list[str] = []
         self.structural = False
         self.stacks = self._find_stacks()
@@ -101,6 +107,8 @@ class _Reader:
 
     def _find_stacks(self) -> tuple[_Stack, ...]:
         lists = list(_outermost_lists(self.module))
+        if self.has_more_than_text:
+            lists = [row for row in lists if not any(word in row[0] for word in OTHER_SENSES)] or lists
         if not lists:
             raise UserError(
                 f"{type(self.module).__name__} has no ModuleList with parameters, so it has no layers to choose from. "
@@ -166,6 +174,8 @@ class _Reader:
             return f"layers.{block}"
         parts = _module_parts(name)
         is_embed = any("embed" in p.lower() or p in EMBED_NAMES for p in parts)
+        if self._beside_text(name):
+            return "embed"
         if HEAD_NAMES & set(parts) or self._outside_base(name):
             return "head"
         if name in self.output_weights and not is_embed:
@@ -175,6 +185,12 @@ class _Reader:
         if _is_norm(self._owner(name), parts, self.names[name][0]):
             return self._norm_place(name)
         return "embed" if self.position[name] < self.first_block else "head"
+
+    def _beside_text(self, name: str) -> bool:
+        """Whether the parameter belongs to a tower or projector beside the text model, and is no head's."""
+        text = tuple(stack.path.rpartition(".")[0] + "." for stack in self.stacks)
+        is_head = name in self.output_weights or self._outside_base(name)
+        return self.has_more_than_text and not name.startswith(text) and not is_head
 
     def _norm_place(self, name: str) -> str:
         for stack in self.stacks:
@@ -217,7 +233,7 @@ class _Reader:
         return place if place in ("embed", "head") else _matrix_category(parts, leaf) or "other"
 
     def _flops_per_token(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> int:
-        if parameter.ndim < 2 or name.endswith("bias"):
+        if parameter.ndim < 2 or name.endswith("bias") or self._beside_text(name):
             return 0
         looked_up = isinstance(owner, nn.Embedding) or (
             self._place(name) == "embed" and not isinstance(owner, nn.Linear | Conv1D)
@@ -229,7 +245,7 @@ class _Reader:
             return 2 * parameter.numel()
         experts = self.module.get_submodule(".".join(parts[: parts.index("experts") + 1]))
         count = len(experts) if isinstance(experts, nn.ModuleList) else parameter.shape[0]
-        top_k = next((getattr(self.config, field) for field in TOP_K if hasattr(self.config, field)), count)
+        top_k = next((k for field in TOP_K if (k := getattr(self.config, field, None))), count)
         return 2 * parameter.numel() * min(int(top_k), count) // count
 
     def _note_unknown(self, tensors: Iterable[Tensor]) -> None:
@@ -301,8 +317,11 @@ _ATTENTION, _MLP = _inverted(ATTENTION_NAMES), _inverted(MLP_NAMES)
 
 
 def _attention_width(config: Any) -> int:
-    """Query heads x head size, 0 when the config does not say."""
+    """Query heads x head size, 0 when the config does not say; the mean of keys' and values' where they differ."""
     heads = getattr(config, "num_attention_heads", None) or 0
+    latent = [getattr(config, f"{part}_head_dim", None) for part in ("qk_nope", "qk_rope", "v")]
+    if all(latent):
+        return int(heads * sum(latent)) // 2
     size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
     if not size and heads:
         size = (getattr(config, "hidden_size", 0) or 0) // heads

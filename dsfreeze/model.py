@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -30,12 +31,13 @@ from transformers import (
 )
 
 from dsfreeze.adapters import add_adapters, merge_adapters
-from dsfreeze.anatomy import Anatomy, load_shipped, shipped
+from dsfreeze.anatomy import Anatomy
 from dsfreeze.anatomy_reader import read_anatomy
-from dsfreeze.embedded import EMBEDDED, SHAPES, embedded_folder, gguf_folder, list_models
+from dsfreeze.embedded import EMBEDDED, embedded_folder, gguf_folder
 from dsfreeze.errors import UserError, did_you_mean
 from dsfreeze.quiet import quiet_transformers
 from dsfreeze.recipe import ModelOptions
+from dsfreeze.shapes import SHAPES, added, is_added, known_anatomy, list_models
 
 __all__ = [
     "add_adapters", "anatomy_of", "base_hash", "list_models", "load_model", "load_tokenizer", "merge_adapters",
@@ -110,9 +112,10 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
 
 
 def anatomy_of(options: ModelOptions, task: str, num_labels: int | None) -> Anatomy:
-    """The task model's anatomy without its weights: a shipped one, or read from the config on the meta device."""
-    if options.name in shipped():
-        return load_shipped(options.name).for_task(task, num_labels)
+    """The task model's anatomy without its weights: one we know, or read from the config on the meta device."""
+    known = known_anatomy(options.name, task, num_labels)
+    if known is not None:
+        return known
     config = _task_config(options, task, num_labels, None)
     with torch.device("meta"), quiet_transformers():
         module = AUTO_CLASSES[task].from_config(config, trust_remote_code=options.trust_remote_code)
@@ -147,9 +150,11 @@ def locate(name: str) -> str:
         return str(embedded_folder(name))
     if name in SHAPES:
         raise UserError(
-            f"'{name}' is a shape to plan with; it comes without weights. Give its hub id, {SHAPES[name][0]}, or a "
+            f"'{name}' is a shape to plan with; it comes without weights. Give its hub id, {SHAPES[name].hub_id}, or a "
             "folder."
         )
+    if is_added(name):
+        raise UserError(f"'{name}' is a shape that you added to plan with. Give the folder or hub id of its weights.")
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and os.path.isfile(path):  # os.path answers no to a name too long, Path raises
         return str(gguf_folder(path))
@@ -175,12 +180,12 @@ def _read_config(options: ModelOptions) -> PreTrainedConfig:
     try:
         with quiet_transformers():
             return AutoConfig.from_pretrained(source, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         if os.path.isdir(source):
             raise UserError(f"{Path(source) / 'config.json'} cannot be used: {_first_line(error)}.") from error
         raise UserError(
             f"No model '{options.name}': it is neither a folder nor an embedded model, and as a hub id it could not be "
-            f"fetched ({_first_line(error)}).{did_you_mean(options.name, [*EMBEDDED, *SHAPES])}"
+            f"fetched ({_first_line(error)}).{did_you_mean(options.name, [*EMBEDDED, *SHAPES, *added()], how_many_listed=0)}"
         ) from error
 
 
@@ -205,16 +210,22 @@ def _task_config(
 def _require_task(options: ModelOptions, config: PreTrainedConfig, task: str) -> None:
     if options.trust_remote_code and getattr(config, "auto_map", None):
         return
-    able = [name for name, auto in AUTO_CLASSES.items() if type(config) in auto._model_mapping]
-    is_encoder = type(config) in AutoModelForMaskedLM._model_mapping and not config.is_encoder_decoder
-    if is_encoder and not getattr(config, "is_decoder", False):
-        # BERT and its like have a causal head too, but would look at the tokens they are to predict
-        able = [name for name in able if AUTO_CLASSES[name] is not AutoModelForCausalLM]
+    able = able_tasks(config)
     if task not in able:
         raise UserError(
             f"Model '{options.name}' ({config.model_type}) cannot do task '{task}'. "
             f"Its tasks: {', '.join(able) or 'none that dsfreeze has'}."
         )
+
+
+def able_tasks(config: PreTrainedConfig) -> list[str]:
+    """The tasks that transformers has a class for, without an encoder's causal one."""
+    able = [name for name, auto in AUTO_CLASSES.items() if type(config) in auto._model_mapping]
+    is_encoder = type(config) in AutoModelForMaskedLM._model_mapping and not config.is_encoder_decoder
+    if is_encoder and not getattr(config, "is_decoder", False):
+        # BERT and its like have a causal head too, but would look at the tokens they are to predict
+        able = [name for name in able if AUTO_CLASSES[name] is not AutoModelForCausalLM]
+    return able
 
 
 def _set_dropout(config: PreTrainedConfig, probability: float) -> None:

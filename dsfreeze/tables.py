@@ -95,7 +95,8 @@ def models_table(rows: Iterable[Any]) -> Table:
     for row in rows:
         table.add_row(row.name, million(row.parameters), f"{row.what}. {row.licence}. At hand: {row.available}")
     table.caption = (
-        "Or write model: as a hub id (Qwen/Qwen2.5-0.5B), a folder\nthat from_pretrained loads, or a .gguf file."
+        "Or write model: as a hub id (those above plan without the hub), a folder that\nfrom_pretrained loads, or a .gguf "
+        "file. One more shape to plan with: models --add config.json."
     )
     table.caption_justify = "left"
     return table

