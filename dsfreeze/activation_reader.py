@@ -7,6 +7,7 @@ a layer trains alone, once, and tells what it causes. Runs are matched by the or
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -120,10 +121,15 @@ def _fake_model(config: PreTrainedConfig, build: Build, attention: str, width: i
 def _runs(model: nn.Module) -> bool:
     """Whether the model runs without memory: some kernels of experts do not in fp32, some models look at values."""
     ids = torch.zeros(*SHAPES[0], dtype=torch.long)
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it logs the traceback of what is caught here
     try:
         model(input_ids=ids)
     except (RuntimeError, ValueError, AttributeError, TypeError):
         return False
+    finally:
+        log.setLevel(level)
     return True
 
 
@@ -188,6 +194,8 @@ class _Reading:
             # a tied embedding would also train what comes after the layers, so that for these the first layer is what lies below
             add(INPUT, self.under_first if index == 1 else self.under_rest)
         for source, name in sources.items():
+            if id(self.named[name]) not in self.watch.reached:
+                continue  # a vision tower, which text does not pass
             add(source, self._run([name]))
             if layer is not None and (matrix := self._module_of(name)) is not None:
                 add(source + OUTPUT, self._run_output(name, matrix))
@@ -313,10 +321,9 @@ class _Watch:
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
         self.model = model
         self.outside = {_key(t) for t in (*model.parameters(), *model.buffers())}
-        for (
-            parameter
-        ) in model.parameters():  # a gradient lives until it is taken over; what waits for the step is priced elsewhere
-            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        self.reached: set[int] = set()
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(self._reaches)
         self.last = len(anatomy.blocks) + 1
         for index, layer in enumerate(anatomy.blocks, start=1):
             block = model.get_submodule(layer.path)
@@ -347,6 +354,11 @@ class _Watch:
                 loss.backward()
         self.run_.last_matrices = {part: tuple(names) for part, names in self.since.items()}
         return self.run_
+
+    def _reaches(self, parameter: torch.Tensor) -> None:
+        """A gradient lives until it is taken over; what waits for the step is priced elsewhere."""
+        self.reached.add(id(parameter))
+        parameter.grad = None
 
     # -- hooks -------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ fall-back does. Against `saved_tensors_hooks`, measured in tests/test_activation
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -115,6 +116,18 @@ class Activations:
 
     # -- JSON --------------------------------------------------------------------------------------------------
 
+    def to_json(self) -> str:
+        return json.dumps(self.to_plain(), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Activations:
+        """Read `to_json`'s form; UserError when it is not one."""
+        try:
+            raw = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"Not a profile of activations: {error}.") from None
+        return cls.from_plain(raw)
+
     def to_plain(self) -> dict[str, Any]:
         """Plain values: runs of equal kinds, causes by number."""
         return {
@@ -138,7 +151,7 @@ class Activations:
                 ends = {task: Ends(*map(_part_from_plain, pair)) for task, pair in entry["ends"].items()}
                 profiles[attention, int(width)] = Profile(tuple(map(_part_from_plain, entry["blocks"])), ends)
             return cls(tuple(kind for kind, count in raw["kinds"] for _ in range(count)), profiles)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             raise UserError(f"Not a profile of activations: {error}.") from None
 
 

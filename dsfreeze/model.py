@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from dsfreeze.activations import ATTENTIONS, Activations
 from dsfreeze.adapters import add_adapters, merge_adapters
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.anatomy_reader import read_anatomy
@@ -120,6 +121,29 @@ def anatomy_of(options: ModelOptions, task: str, num_labels: int | None) -> Anat
     with torch.device("meta"), quiet_transformers():
         module = AUTO_CLASSES[task].from_config(config, trust_remote_code=options.trust_remote_code)
     return read_anatomy(module, options.name)
+
+
+def activations_of(options: ModelOptions, task: str, *, attention: str | None, dtype_bytes: int) -> Activations:
+    """What the task model's passes store, read from its config on tensors without memory (a few seconds); UserError when it cannot be."""
+    config = _task_config(options, task, None, None)
+    attentions = [attention] if attention in ATTENTIONS else ATTENTIONS
+    return activations_of_config(config, [task], attentions=attentions, widths=[dtype_bytes])
+
+
+def activations_of_config(config: PreTrainedConfig, tasks: Iterable[str] = (), **ways: Any) -> Activations:
+    """The same of a config, for some tasks or for every one it can do; `ways` are `read_activations`' own."""
+    from dsfreeze.activation_reader import read_activations
+
+    def build(auto: Any, task: str) -> Callable[[PreTrainedConfig], nn.Module]:
+        def built(config: PreTrainedConfig) -> nn.Module:
+            config.num_labels, config.pad_token_id = 2, getattr(config, "pad_token_id", None) or 0
+            config.problem_type = "single_label_classification" if task == "classification" else None
+            return auto.from_config(config)
+
+        return built
+
+    chosen = dict.fromkeys("causal_lm" if task == "sft" else task for task in (tasks or able_tasks(config)))
+    return read_activations(config, {task: build(AUTO_CLASSES[task], task) for task in chosen}, **ways)
 
 
 def base_hash(source: nn.Module | Path) -> str:

@@ -16,7 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dsfreeze.anatomy import Anatomy, load_shipped, shipped
+from dsfreeze.activations import Activations
+from dsfreeze.anatomy import SHIPPED, Anatomy, load_shipped, shipped
 from dsfreeze.embedded import EMBEDDED, available, cache_folder
 from dsfreeze.errors import UserError
 
@@ -259,3 +260,16 @@ def _added_row(name: str, path: Path) -> ModelRow:
     anatomy = next(iter(tasks.values()))
     what = f"added by you: {anatomy.model_type}, {len(anatomy.blocks)} layers"
     return ModelRow(name, what, anatomy.numel, "yours", source, "to plan; train as the folder of its weights")
+
+
+# -- activations -------------------------------------------------------------------------------------------------------
+
+
+def known_activations(name: str) -> Activations | None:
+    """What passes of a shipped or added model store; None where that was never read. UserError when a file is damaged."""
+    found = shipped_name(name)
+    folder = SHIPPED if found else added_folder()
+    path = folder / "activations" / f"{found or name}.json"
+    if not path.is_file() or not (found or is_added(name)):
+        return None
+    return Activations.from_json(path.read_text(encoding="utf-8"))
