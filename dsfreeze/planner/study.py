@@ -1,0 +1,400 @@
+"""A scaling study: models x strategies x devices x ZeRO stages, from one YAML file, written as a record. No torch.
+
+Of every cell the fullest moment of a device, whether that fits, and what `tokens` of training take there; of every plan the
+smallest cluster that holds it, and where a prefix cache pays. A plan is profiled once (`PlanCost`), a cell is a few milliseconds.
+
+Of a plan with transformer layers below all that trains, two ways to the hidden state that enters what trains, a token:
+
+    recomputed   FLOPs of the prefix (`prefix_flops`) / (0.5 peak), the products alone
+    read         hidden_size x b bytes / bandwidth: to host memory each device's own, to storage its share of the node's
+
+and the whole step with the cache against without it, at the plan's smallest cluster: that step reads from storage, and spares the
+memory traffic of the prefix too. Filling the cache costs one pass over the data, and `bytes_a_token` of storage: it pays from the second epoch on.
+
+Left out: what the formulas leave out; more than data parallelism (no tensor, pipeline or sequence parallel); a price of idle devices.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from rich.console import Console
+
+from dsfreeze import __version__
+from dsfreeze.activations import TaskActivations
+from dsfreeze.anatomy import Anatomy
+from dsfreeze.errors import UserError, did_you_mean
+from dsfreeze.estimate.flops import prefix_flops
+from dsfreeze.estimate.price import PlanCost
+from dsfreeze.estimate.seconds import EFFICIENCY
+from dsfreeze.hardware import FIGURES, Device, find_device
+from dsfreeze.plan import FreezePlan
+from dsfreeze.progress import Watch, watched
+from dsfreeze.recipe import FreezeOptions
+from dsfreeze.recipe_section import Section, Texts
+from dsfreeze.recipe_yaml import Document, Key, dump_yaml, parse_yaml, read_file
+from dsfreeze.setting import Workload
+from dsfreeze.shapes import known_activations, known_anatomy
+from dsfreeze.strategies import make_plan
+
+FORMAT_VERSION = 1
+RECORD, RESOLVED = "study.json", "study.yaml"
+#: Bytes of an accelerator that the framework, its context and the communication library take (assumption: 0.5 to 1.5 GB and fragments).
+RESERVED = 2 * 2**30
+#: From so many cells on a study takes seconds, and shows how far it is.
+_LONG = 1000
+_MOST = 1_000_000
+
+Row = dict[str, Any]
+
+
+def _numbers(value: Any) -> Any:
+    """`1..1024` as the powers of two in that range; one number as a list; the rest is pydantic's to judge."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
+    if not isinstance(value, str):
+        return value
+    first, dots, last = value.partition("..")
+    if not (dots and first.strip().isdecimal() and last.strip().isdecimal()):
+        raise ValueError(f"is '{value}'; write a list such as [1, 8, 64], or a range of powers of two such as 1..1024")
+    lowest, highest = int(first), min(int(last), _MOST)
+    found = [2**n for n in range(highest.bit_length()) if lowest <= 2**n <= highest]
+    if not found:
+        raise ValueError(f"is '{value}', and no power of two lies in that range; write it as 1..1024")
+    return found
+
+
+def _options(value: Any) -> Any:
+    return {"strategy": value} if isinstance(value, str) else value
+
+
+Devices = Annotated[list[Annotated[int, Field(ge=1, le=_MOST)]], BeforeValidator(_numbers), Field(min_length=1)]
+Strategies = Annotated[list[Annotated[FreezeOptions, BeforeValidator(_options)]], Field(min_length=1)]
+Stages = Annotated[list[Literal[0, 1, 2, 3]], Field(min_length=1)]
+
+
+class Study(Section):
+    """What a scaling study compares."""
+
+    models: Annotated[Texts, Field(min_length=1)]
+    """Shipped names or hub ids, as `dsfreeze models` lists them."""
+    strategies: Strategies
+    """Words such as full or lora, or mappings of freeze options such as {strategy: bottom, fraction: 0.5}."""
+    gpus: Devices
+    """Numbers of devices, or a range such as 1..1024: its powers of two."""
+    device: str
+    """The device, such as h200."""
+    sequence_length: Annotated[int, Field(ge=1)] = 4096
+    """Positions of a sequence."""
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] = 1
+    """Sequences of a device's micro-batch."""
+    gradient_checkpointing: bool = True
+    """Whether layers recompute."""
+    stages: Stages = Field(default=[0, 1, 2, 3])
+    """ZeRO stages."""
+    bf16: bool = True
+    """bf16 weights with fp32 masters; false: fp32."""
+    tokens: Annotated[float, Field(gt=0)] = 1e9
+    """Tokens of the whole training."""
+    price_per_gpu_hour: Annotated[float, Field(ge=0)] | None = None
+    """What a device costs an hour, in any currency."""
+    output_dir: Path = Path("runs/study")
+    """The record's folder."""
+
+    @field_validator("models", "gpus", "stages")
+    @classmethod
+    def _once(cls, value: list[Any]) -> list[Any]:
+        return list(dict.fromkeys(value))
+
+    @field_validator("strategies")
+    @classmethod
+    def _named_once(cls, value: list[FreezeOptions]) -> list[FreezeOptions]:
+        return list({label(options): options for options in value}.values())
+
+    @property
+    def dtype_bytes(self) -> int:
+        return 2 if self.bf16 else 4
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values that read back as the same study."""
+        plain = self.model_dump(mode="json", exclude={"strategies"})
+        return {**plain, "strategies": [given(options) for options in self.strategies]}
+
+
+def given(options: FreezeOptions) -> dict[str, Any]:
+    """The strategy and every option that is not at its default."""
+    return {"strategy": options.strategy, **options.model_dump(mode="json", exclude_defaults=True)}
+
+
+def label(options: FreezeOptions) -> str:
+    """A strategy as a table's row calls it: `bottom fraction=0.5`."""
+    _, *rest = given(options).items()
+    return " ".join([options.strategy, *(f"{key}={value}" for key, value in rest)])
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_study(path: Path | str) -> Study:
+    """The study that a YAML file describes; one UserError naming every mistake with its line."""
+    document = parse_yaml(read_file(Path(path), "study"), str(path))
+    told = [(line, f"{_dotted(key)}: {text}") for key, line, text in document.mistakes]
+    if not told:
+        try:
+            return Study.model_validate(document.values)
+        except ValidationError as error:
+            told = [_told(document, problem) for problem in error.errors(include_url=False)]
+    lines = [f"{path}:{line}: {text}" if line else f"{path}: {text}" for line, text in sorted(told)]
+    raise UserError(lines[0] if len(lines) == 1 else f"{len(lines)} mistakes:\n  " + "\n  ".join(lines))
+
+
+def _told(document: Document, problem: Any) -> tuple[int, str]:
+    """(line, wording) of one of pydantic's problems."""
+    key: Key = tuple(problem["loc"])
+    line = next((document.lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in document.lines), 0)
+    return line, f"{_dotted(key)} {_wording(key, problem)}"
+
+
+def _wording(key: Key, problem: Any) -> str:
+    kind, name = problem["type"], str(key[-1])
+    if kind == "extra_forbidden":
+        valid = FreezeOptions.model_fields if key[0] == "strategies" else Study.model_fields
+        return "is an unknown key." + did_you_mean(name, valid)
+    if kind == "missing":
+        return f"is missing. {Study.model_fields[name].description}"
+    if kind == "literal_error" and isinstance(problem["input"], str):
+        choices = [word.strip("'") for word in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+        return f"is '{problem['input']}'.{did_you_mean(problem['input'], choices, how_many_listed=40)}"
+    if kind == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"is {problem['input']!r:.80}: {problem['msg'].lower()}"
+
+
+def _dotted(key: Key) -> str:
+    return "".join(f"[{item}]" if isinstance(item, int) else f".{item}" for item in key).lstrip(".")
+
+
+# -- running -----------------------------------------------------------------------------------------------------------
+
+
+def run_study(study: Study, console: Console | None = None) -> dict[str, Any]:
+    """Price the study and write its record; returns what it wrote.
+
+    UserError, before anything is priced, for a model or a device that nobody knows and for a folder that holds another
+    study. What a model cannot do is under `left_out` with its reason.
+    """
+    device = find_device(study.device)
+    models = {name: _known(name) for name in study.models}
+    folder, resolved = study.output_dir, study.resolved()
+    _require_same(folder / RESOLVED, dump_yaml(resolved))
+    record = {"format_version": FORMAT_VERSION, "version": __version__, "study": resolved, "device": _facts(device)}
+    record |= _priced(study, models, device, console)
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    _require_same(folder / RECORD, text)
+    _write(folder / RESOLVED, dump_yaml(resolved))
+    _write(folder / RECORD, text)
+    return record
+
+
+def _known(name: str) -> Anatomy | UserError:
+    """A model's shape, or why it cannot be studied; UserError when nobody knows it."""
+    try:
+        anatomy = known_anatomy(name, "causal_lm", None)
+    except UserError as reason:
+        return reason
+    if anatomy is None:
+        raise UserError(
+            f"The shape of model '{name}' is not known here. `dsfreeze models` lists those that are; add another with "
+            "`dsfreeze models --add config.json`."
+        )
+    return anatomy
+
+
+def _facts(device: Device) -> dict[str, Any]:
+    return {
+        "name": device.name,
+        "usable": _usable(device),
+        **{figure: getattr(device, figure) for figure in FIGURES},
+        "sources": dict(device.sources),
+    }
+
+
+def _usable(device: Device) -> int:
+    """Bytes that a plan may fill; the rest is the framework's."""
+    return device.memory - (RESERVED if device.name != "cpu" else 0)
+
+
+def _priced(
+    study: Study, models: Mapping[str, Anatomy | UserError], device: Device, console: Console | None
+) -> dict[str, Any]:
+    """The record's tables: `rows`, `plans`, `prefix_cache`, `left_out`."""
+    tables: dict[str, list[Row]] = {"rows": [], "plans": [], "prefix_cache": [], "left_out": []}
+    pairs = [(name, options) for name in models for options in study.strategies]
+    cells = len(pairs) * len(study.gpus) * len(study.stages)
+    for name, options in _with_progress(pairs, console if cells >= _LONG else None):
+        names = {"model": name, "strategy": label(options)}
+        try:
+            case = _case(study, models[name], name, options, device)
+        except UserError as reason:
+            tables["left_out"].append({**names, "reason": str(reason)})
+            continue
+        rows = [{**names, **case.cell(gpus, stage)} for gpus in study.gpus for stage in study.stages]
+        smallest = smallest_cluster(rows)
+        tables["rows"] += rows
+        tables["plans"].append({**names, **case.summary(), "smallest": smallest and _without(smallest, names)})
+        if smallest and case.has_prefix:
+            tables["prefix_cache"].append({**names, **case.cache(smallest["gpus"], smallest["stage"])})
+    return tables
+
+
+def _with_progress(
+    pairs: Sequence[tuple[str, FreezeOptions]], console: Console | None
+) -> Iterable[tuple[str, FreezeOptions]]:
+    if console is None:
+        return pairs
+    watch: Watch[tuple[str, FreezeOptions]] = watched(console, "pricing plans")
+    return watch(pairs)
+
+
+def smallest_cluster(rows: Iterable[Mapping[str, Any]]) -> Row | None:
+    """Of the cells of a plan, the fewest devices that hold it, at their fastest stage (among equals the lowest); None: none do."""
+    holding = [row for row in rows if row["fits"]]
+    found = min(holding, key=lambda row: (row["gpus"], row["seconds_per_step"], row["stage"]), default=None)
+    return None if found is None else dict(found)
+
+
+def _without(row: Row, keys: Iterable[str]) -> Row:
+    return {key: value for key, value in row.items() if key not in keys}
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One model under one plan."""
+
+    study: Study
+    device: Device
+    anatomy: Anatomy
+    plan: FreezePlan
+    activations: TaskActivations
+
+    def _cost(self, *, prefix_cache: bool) -> PlanCost:
+        study = self.study
+        work = Workload(
+            micro_batch_size=study.per_device_train_batch_size,
+            gradient_checkpointing=study.gradient_checkpointing,
+            prefix_cache=prefix_cache,
+        )
+        return PlanCost(
+            self.anatomy, self.plan, self.activations, work,
+            dtype_bytes=study.dtype_bytes, sequence_length=study.sequence_length,
+        )  # fmt: skip
+
+    @cached_property
+    def _plain(self) -> PlanCost:
+        return self._cost(prefix_cache=False)
+
+    def cell(self, gpus: int, stage: int) -> Row:
+        """One row of the table."""
+        price = self._plain.at(stage, gpus)
+        step = price.on(self.device).total
+        token = step / (price.tokens * gpus)
+        return {
+            "gpus": gpus,
+            "stage": stage,
+            "bytes": price.peaks.most,
+            "fits": price.peaks.most <= _usable(self.device),
+            "seconds_per_step": step,
+            "seconds_per_token": token,
+            **training_cost(token, gpus, self.study),
+        }
+
+    def summary(self) -> Row:
+        """What is the same on every cluster."""
+        states = self._plain.at(0, 1).states
+        return {"parameters": states.total, "trainable": states.trainable, "flops_vs_full": states.flops_ratio}
+
+    @cached_property
+    def _prefix_flops(self) -> int:
+        return prefix_flops(self._plain.anatomy, self.plan.ever_trained, self.study.sequence_length)
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether transformer layers lie below all that ever trains."""
+        return self._prefix_flops > 0
+
+    def cache(self, gpus: int, stage: int) -> Row:
+        """Reading a token's prefix against recomputing it, and the step with it against without (formulas: above)."""
+        device, size = self.device, self.anatomy.hidden_size * self.study.dtype_bytes
+        recomputed = self._prefix_flops / (EFFICIENCY * device.flops(self.study.dtype_bytes))
+        from_host = size / device.host_bandwidth
+        from_storage = size * min(gpus, device.per_node) / device.storage_bandwidth
+        without = self._plain.at(stage, gpus).on(device).total
+        cached = self._cost(prefix_cache=True).at(stage, gpus).on(device).total
+        return {
+            "gpus": gpus,
+            "stage": stage,
+            "bytes_a_token": size,
+            "recompute_seconds": recomputed,
+            "host_seconds": from_host,
+            "storage_seconds": from_storage,
+            "host_pays": recomputed / from_host,
+            "storage_pays": recomputed / from_storage,
+            "seconds_per_step": without,
+            "cached_seconds_per_step": cached,
+            "step_speedup": without / cached,
+        }
+
+
+def training_cost(seconds_per_token: float, gpus: int, study: Study) -> Row:
+    """Device-hours of the study's tokens, and their price where an hour has one."""
+    hours = seconds_per_token * study.tokens * gpus / 3600
+    each = study.price_per_gpu_hour
+    return {"gpu_hours": hours, "price": None if each is None else each * hours}
+
+
+def _case(study: Study, anatomy: Anatomy | UserError, name: str, options: FreezeOptions, device: Device) -> _Case:
+    """UserError, to be told as a reason, for what the model cannot do."""
+    if isinstance(anatomy, UserError):
+        raise anatomy
+    known = known_activations(name)
+    if known is None:
+        raise UserError(f"The activations of model '{name}' are not known here.")
+    activations = known.of("causal_lm", None, study.dtype_bytes)
+    return _Case(study, device, anatomy, make_plan(anatomy, options), activations)
+
+
+# -- the record --------------------------------------------------------------------------------------------------------
+
+
+def _require_same(path: Path, text: str) -> None:
+    """UserError where a record is of another study, or was priced by other formulas; nothing is ever lost to a rerun."""
+    if not path.exists() or path.read_text(encoding="utf-8") == text:
+        return
+    what = "another study" if path.name == RESOLVED else "this study with other figures (an earlier version's)"
+    raise UserError(f"{path.parent} holds {what}. Name another output_dir, or remove {path.parent}.")
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror}. Name another output_dir.") from None
+
+
+def fitting(record: Mapping[str, Any]) -> Iterator[Row]:
+    """Of each plan and number of devices the fastest stage that fits."""
+    groups: dict[tuple[str, str, int], list[Row]] = {}
+    for row in record["rows"]:
+        groups.setdefault((row["model"], row["strategy"], row["gpus"]), []).append(row)
+    yield from filter(None, map(smallest_cluster, groups.values()))
