@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.box import SIMPLE
+from rich.markup import escape
 from rich.table import Table
 
 from dsfreeze.ranking import STABLE
@@ -122,3 +123,44 @@ def comparison_table(frozen: Mapping[str, Any], full: Mapping[str, Any]) -> Tabl
     for name, show, mine, theirs in rows:
         table.add_row(name, show(mine), show(theirs), f"{mine / theirs:.2f}" if theirs else "")
     return table
+
+
+def study_table(record: Mapping[str, Any]) -> Table:
+    """A scaling study: of each plan the smallest cluster that holds it, what the training takes there, and whether a prefix cache pays."""
+    study, device = record["study"], record["device"]["name"]
+    title = f"smallest clusters of {device}, {study['tokens']:.3g} tokens in sequences of {study['sequence_length']}"
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    priced = study["price_per_gpu_hour"] is not None
+    for name in ("model", "strategy", "trains"):
+        table.add_column(name, no_wrap=name == "model")
+    for name in ("cluster", "a device", "s/M tokens", "GPU-hours", *(["price"] if priced else []), "cache"):
+        table.add_column(name, justify="right")
+    cached = {(row["model"], row["strategy"]): row for row in record["prefix_cache"]}
+    for plan in record["plans"]:
+        trains = f"{100 * plan['trainable'] / plan['parameters']:.3g} %"
+        figures = _cluster_figures(plan["smallest"], priced) or ["[red]none holds it[/]"]
+        filled = [*figures, *[""] * (4 + priced - len(figures))]
+        cache = _cache_figure(cached.get((plan["model"], plan["strategy"])))
+        table.add_row(plan["model"], plan["strategy"], trains, *filled, cache)
+    left = [f"left out: {row['model']}, {row['strategy']}. {row['reason']}" for row in record["left_out"]]
+    explained = "cache: the step's speed-up with the frozen prefix read from storage, once it is filled"
+    table.caption, table.caption_justify = "\n".join(map(escape, [explained, *left])), "left"
+    return table
+
+
+def _cluster_figures(smallest: Mapping[str, Any] | None, priced: bool) -> list[str]:
+    if smallest is None:
+        return []
+    return [
+        f"{smallest['gpus']} at ZeRO-{smallest['stage']}",
+        gib(smallest["bytes"]),
+        f"{1e6 * smallest['seconds_per_token']:.3g}",
+        f"{smallest['gpu_hours']:,.1f}",
+        *([f"{smallest['price']:,.2f}"] if priced else []),
+    ]
+
+
+def _cache_figure(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['step_speedup']:.2f}x" if row["step_speedup"] > 1 else "no"
