@@ -179,16 +179,38 @@ def _deepspeed_config(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
 @app.command()
 def plan(
     words: Words = None,
-    world_size: Annotated[int, typer.Option(help="Ranks to price the plan for.", min=1)] = 1,
+    model: Annotated[
+        str | None, typer.Option(help="The model, instead of a recipe: a name of `dsfreeze models`.")
+    ] = None,
+    gpus: Annotated[str | None, typer.Option(help="Devices: 8,16,64, or 1..1024 for powers of two.")] = None,
+    device: Annotated[str | None, typer.Option(help="h200, h100, a100, l40s, rtx4090, mi300x or cpu.")] = None,
+    seq: Annotated[int | None, typer.Option(help="Positions of a sequence (data.max_length).", min=2)] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences of a micro-batch.", min=1)] = None,
+    global_batch: Annotated[int | None, typer.Option(help="Sequences of a step, all devices together.", min=1)] = None,
+    checkpointing: Annotated[bool | None, typer.Option(help="Recompute activations.")] = None,
+    prefix_cache: Annotated[bool, typer.Option("--prefix-cache", help="Read the frozen prefix from a cache.")] = False,
+    fit: Annotated[str | None, typer.Option(help="What fits these bytes a device and trains fastest: 80GiB.")] = None,
+    calibrate: Annotated[Path | None, typer.Option(help="A measured run's folder: seconds as it had them.")] = None,
+    study: Annotated[Path | None, typer.Option(help="A scaling study, as YAML: writes its record.")] = None,
+    world_size: Annotated[int, typer.Option(help="Ranks to price the one plan for.", min=1)] = 1,
     as_json: AsJson = False,
 ) -> int:
-    """Show what a freeze plan trains and costs, before anything runs."""
+    """Show what a freeze plan trains and costs, before anything runs; with --gpus and --device over stages and clusters."""
+    from dsfreeze.planner.request import Request, words_of
+
+    if study is not None:
+        return _study(study, as_json)
+    recipe = read_words(words_of(words, model, seq, batch, checkpointing, device))
+    request = Request(gpus, device, fit, calibrate, global_batch, prefix_cache)
+    return _plan_table(recipe, request, as_json) if request.wants_table else _plan_picture(recipe, world_size, as_json)
+
+
+def _plan_picture(recipe: Recipe, world_size: int, as_json: bool) -> int:
     from dsfreeze.estimate import estimate
     from dsfreeze.picture import draw, plan_as_dict
     from dsfreeze.setting import setting_of
     from dsfreeze.strategies import make_plan
 
-    recipe = read_words(words)
     anatomy, notes = _anatomy(recipe)
     setting = setting_of(recipe, world_size)
     freeze_plan = make_plan(anatomy, recipe.freeze, _num_steps(recipe), setting)
@@ -198,6 +220,44 @@ def plan(
         _print_json(plan_as_dict(anatomy, freeze_plan, cost))
     else:
         _show(draw(anatomy, freeze_plan, cost))
+    return 0
+
+
+def _plan_table(recipe: Recipe, request: Any, as_json: bool) -> int:
+    from dsfreeze.planner.request import make_planner
+    from dsfreeze.planner.sweep import rows_as_dicts, sweep
+    from dsfreeze.planner.tables import fit_table, found_as_dict, plan_table, planner_as_dict
+
+    planner = make_planner(recipe, request, _anatomy, _num_steps(recipe))
+    if request.fit is not None:
+        found = {gpus: planner.fit(gpus).choices() for gpus in planner.gpus}
+        if as_json:
+            _print_json(
+                {**planner_as_dict(planner), "fits": [found_as_dict(f) for each in found.values() for f in each]}
+            )
+        else:
+            _show(fit_table(planner, found))
+        return 0
+    plans, left_out = planner.plans()
+    rows = sweep(planner.ground, plans, planner.gpus)
+    if as_json:
+        _print_json({**planner_as_dict(planner), "left_out": left_out, "rows": rows_as_dicts(rows)})
+        return 0
+    _show(plan_table(planner, rows))
+    for label, reason in left_out.items():
+        _say(f"left out: {label}. {_escape(reason)}")
+    return 0
+
+
+def _study(file: Path, as_json: bool) -> int:
+    from dsfreeze.planner.study import read_study, run_study
+    from dsfreeze.tables import study_table
+
+    record = run_study(read_study(file))
+    if as_json:
+        _print_json(record)
+    else:
+        _show(study_table(record))
     return 0
 
 
@@ -331,17 +391,21 @@ def _add_model(path: Path, name: str | None, as_json: bool) -> int:
     require_free_name(name)
     if not _is_leader():
         return 0  # one process's work
-    from dsfreeze.model_config import config_file, read_config_anatomies
+    from dsfreeze.model_config import config_file, read_config_activations, read_config_anatomies
 
     source = config_file(path.expanduser())
     tasks = read_config_anatomies(source, name)
-    file = add(name, str(source.resolve()), tasks)
+    _say(f"reading what the passes of {name} store, up to a minute ...")
+    activations = read_config_activations(source)
+    file = add(name, str(source.resolve()), tasks, activations)
     anatomy = next(iter(tasks.values()))
     if as_json:
         _print_json({"name": name, "parameters": anatomy.numel, "tasks": list(tasks), "file": str(file)})
     else:
         for note in anatomy.notes:
             _say(f"note: {_escape(note)}")
+        if activations is None:
+            _say("note: its passes cannot be run without data, so peaks and seconds are not planned for it")
         _say(f"added {name}: {anatomy.numel:,} parameters, {len(anatomy.blocks)} layers; tasks {', '.join(tasks)}")
         _say(f"try: dsfreeze plan model={name} task={next(iter(tasks))}")
     return 0

@@ -31,6 +31,7 @@ from dsfreeze.interrupt import Interrupt, Interrupted
 from dsfreeze.job import Job, prepare_job
 from dsfreeze.journal import Journal
 from dsfreeze.phases import Phases
+from dsfreeze.prediction import predict, sentence
 from dsfreeze.progress import StepBar
 from dsfreeze.recipe import Recipe
 from dsfreeze.saving import find_start, save_checkpoint, save_model
@@ -74,6 +75,8 @@ class Run:
         self.metrics: dict[str, dict[str, float]] = {}
         self.seconds: list[float] = []
         self.loss = math.nan
+        self.fullest = (0, 0)
+        self.before: Memory | None = None
 
     # -- the run -----------------------------------------------------------------------------------------------
 
@@ -111,7 +114,7 @@ class Run:
         with Interrupt() as interrupt:
             if self.step == 0:
                 self._evaluate(engine, "before")
-            engine.memory(reset_peak=True)
+            self.before = engine.memory(reset_peak=True)
             with StepBar(self.console, self.total, self.step, self.options.logging_steps, shown=self.leader) as bar:
                 steps = iter(self.loader)
                 while self.step < self.total:
@@ -130,6 +133,7 @@ class Run:
         torch.manual_seed(hash((self.options.seed, self.step, engine.rank)) % 2**63)
         loss = 0.0
         for batch, items in step.micro_batches:
+            self.fullest = max(self.fullest, tuple(batch["input_ids"].shape), key=math.prod)
             loss += engine.forward_backward(batch, items / step.global_items)
         learning_rate, own = rates_at(self.job.plan, self.step, self.schedule, self.options.learning_rate)
         norm = engine.step(learning_rate, own)
@@ -192,10 +196,28 @@ class Run:
     def _finish(self, engine: Engine, memory: Memory) -> dict[str, Any]:
         """Export the model, if it is wanted, and write the summary, which every rank returns."""
         summary = self._summary(engine, memory)
+        summary["predicted"] = self._predicted(engine, memory) if self.leader else None
         if self.options.export:
             summary["model"] = str(save_model(engine, self.job, self.metrics.get("after", {})))
         together(lambda: self.journal.summary(summary))
         return engine.gather(summary)[0]
+
+    def _predicted(self, engine: Engine, memory: Memory) -> dict[str, Any] | None:
+        """What the planner says of this run, and a word where the peak was another; None where no step was left to run."""
+        if not self.seconds or self.before is None:
+            return None
+        predicted = predict(
+            self.job,
+            engine.world_size,
+            self.total,
+            self.fullest,
+            self.before,
+            memory,
+            on_cpu=engine.device.type == "cpu",
+        )
+        if told := sentence(predicted, memory.peak):
+            self.console.print(f"[yellow]note:[/] {told}", highlight=False)
+        return predicted
 
     def _summary(self, engine: Engine, memory: Memory) -> dict[str, Any]:
         job, steady, selection = self.job, self.seconds[2:] or self.seconds, self.phases.selection

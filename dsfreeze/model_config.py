@@ -21,10 +21,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from dsfreeze.activations import Activations
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.anatomy_reader import read_anatomy
 from dsfreeze.errors import UserError, did_you_mean
-from dsfreeze.model import AUTO_CLASSES, able_tasks
+from dsfreeze.model import AUTO_CLASSES, able_tasks, activations_of_config
 from dsfreeze.quiet import quiet_transformers
 
 #: Fields that hold nothing of a model's shape, though a config class may not know them.
@@ -70,6 +71,15 @@ def read_config_anatomies(path: Path, name: str) -> dict[str, Anatomy]:
     if not tasks:
         raise UserError(f"{file}: model_type '{config.model_type}' is no language model or classifier of text.")
     return {task: _read_task(file, config, task, name) for task in tasks}
+
+
+def read_config_activations(path: Path) -> Activations | None:
+    """What passes of the config's models store; None where they cannot be run without data."""
+    file = config_file(path)
+    try:
+        return activations_of_config(_make_config(file, _read_json(file)))
+    except UserError:
+        return None
 
 
 def config_file(path: Path) -> Path:

@@ -209,15 +209,22 @@ def require_free_name(name: str) -> None:
         raise UserError(f"'{name}' is a model that dsfreeze ships. Give --name another one.")
 
 
-def add(name: str, source: str, tasks: Mapping[str, Anatomy]) -> Path:
-    """Write the task models' anatomies under `name`, whole or not at all; replaces an earlier one of that name."""
+def add(name: str, source: str, tasks: Mapping[str, Anatomy], activations: Activations | None = None) -> Path:
+    """Write the task models' anatomies, and what their passes store, under `name`; replaces an earlier one of that name."""
     require_free_name(name)
     path = added_folder() / f"{name}.json"
     content = {"source": source, "tasks": {task: json.loads(anatomy.to_json()) for task, anatomy in tasks.items()}}
-    aside = path.with_name(f".{name}.{os.getpid()}.tmp")
+    if activations is not None:
+        _write_whole(added_folder() / "activations" / f"{name}.json", activations.to_json())
+    return _write_whole(path, json.dumps(content, indent=1))
+
+
+def _write_whole(path: Path, text: str) -> Path:
+    """Write a file whole or not at all."""
+    aside = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        aside.write_text(text + "\n", encoding="utf-8")
         os.replace(aside, path)
     except OSError as error:
         if aside.exists():

@@ -41,8 +41,9 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
                       f"({100 * summary['trainable'] / summary['total']:.1f} %)"),
         ("FLOPs per token", f"{100 * summary['flops_vs_full']:.0f} % of full tuning"),
         ("seconds per step", f"{summary['seconds_per_step']:.3f} (median)" if summary["seconds_per_step"] else "no step was left"),
-        ("optimizer state", f"{gib(memory['optimizer_state'] + memory['masters'])} (masters and moments, this rank)"),
-        ("peak memory", gib(memory["peak"])),
+        ("optimizer state", f"{gib(memory['optimizer_state'] + memory['masters'])} (masters and moments, this rank)"
+                            + _predicted_states(summary)),
+        ("peak memory", gib(memory["peak"]) + _predicted_peak(summary)),
     ]  # fmt: skip
     if summary["switches"]:
         waits = f"; {gib(memory['parked'])} of state waits for its tensors' return" if memory["parked"] else ""
@@ -60,6 +61,18 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _predicted_states(summary: Mapping[str, Any]) -> str:
+    predicted = summary.get("predicted") or {}
+    return f", predicted {gib(predicted['optimizer_state'] + predicted['masters'])}" if "peak" in predicted else ""
+
+
+def _predicted_peak(summary: Mapping[str, Any]) -> str:
+    predicted = summary.get("predicted") or {}
+    if "reason" in predicted:
+        return f" (not predicted: {predicted['reason']})"
+    return f", predicted {gib(predicted['peak'])} ({100 * predicted['peak_error']:+.0f} %)" if predicted else ""
 
 
 def scores_table(content: Mapping[str, Any]) -> Table:

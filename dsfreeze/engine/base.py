@@ -144,6 +144,7 @@ class BaseEngine(ABC):
             raise UserError("The batch has no labels: the model computed no loss.")
         else:
             loss = outputs.loss.float() * weight
+        del outputs  # the logits, which backward does not read
         self._backward(loss)
         return float(loss.detach())
 
