@@ -13,6 +13,7 @@ from dsfreeze.errors import UserError
 from dsfreeze.estimate.price import PlanCost
 from dsfreeze.hardware import find_device
 from dsfreeze.planner import study as module
+from dsfreeze.planner import sweep
 from dsfreeze.planner.study import RECORD, RESOLVED, fitting, label, read_study, run_study, smallest_cluster
 from dsfreeze.recipe import FreezeOptions
 from dsfreeze.recipe_yaml import dump_yaml
@@ -50,7 +51,7 @@ def run(written):
 
 class TestReading:
     @pytest.mark.parametrize(("text", "numbers"), [
-        ("1..1024", [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]), ("3..20", [4, 8, 16]), ("8..8", [8]), (6, [6]),
+        ("1..1024", [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]), ("3..20", [3, 6, 12, 20]), ("8,64", [8, 64]), (6, [6]),
         ([8, 6, 8], [8, 6]),
     ])  # fmt: skip
     def test_numbers_of_devices(self, written, text, numbers):
@@ -58,8 +59,8 @@ class TestReading:
         assert read_study(written(gpus=text)).gpus == numbers
 
     @pytest.mark.parametrize(("changes", "message"), [
-        ({"gpus": "5..7"}, "no power of two"),
-        ({"gpus": "1-8"}, r"write a list such as \[1, 8, 64\]"),
+        ({"gpus": "7..5"}, "a range goes up"),
+        ({"gpus": "1-8"}, "study.yaml:7: gpus 1-8: write numbers such as 8,16,64"),
         ({"gpus": [0]}, r"gpus\[0\] is 0"),
         ({"stages": [4]}, r"stages\[0\] is 4"),
         ({"tokens": 0}, "tokens is 0"),
@@ -141,19 +142,22 @@ class TestFigures:
             able = [row for row in rows if row["gpus"] == gpus and row["fits"]]
             assert gpus > 1
             assert plan["smallest"]["gpus"] == gpus
-            assert plan["smallest"]["seconds_per_step"] == min(row["seconds_per_step"] for row in able)
+            fastest = min(row["seconds_per_step"] for row in able)
+            assert fastest <= plan["smallest"]["seconds_per_step"] <= 1.03 * fastest
         full, half = (plan["smallest"]["gpus"] for plan in record["plans"])
         assert full > half
 
-    def test_ties_go_to_the_lower_stage(self):
-        rows = [
-            {"gpus": 2, "fits": True, "seconds_per_step": 1.0, "stage": 3},
-            {"gpus": 2, "fits": True, "seconds_per_step": 1.0, "stage": 1},
-            {"gpus": 2, "fits": True, "seconds_per_step": 2.0, "stage": 0},
-            {"gpus": 1, "fits": False, "seconds_per_step": 0.1, "stage": 0},
-        ]
-        assert smallest_cluster(rows) == rows[1]
-        assert smallest_cluster(rows[3:]) is None
+    def test_a_higher_stage_must_be_worth_it(self):
+        """Oracle: two per cent, by hand; fewer devices come first, whatever it takes."""
+
+        def row(gpus, stage, seconds, fits=True):
+            return {"gpus": gpus, "stage": stage, "seconds_per_step": seconds, "fits": fits}
+
+        little, much = row(2, 3, 0.99), row(2, 3, 0.97)
+        lower, others = row(2, 1, 1.0), [row(2, 0, 2.0), row(1, 0, 0.1, fits=False), row(4, 0, 0.1)]
+        assert smallest_cluster([little, lower, *others]) == lower
+        assert smallest_cluster([much, lower, *others]) == much
+        assert smallest_cluster([row(1, 0, 0.1, fits=False)]) is None
 
     def test_freezing_more_never_costs_more(self, run):
         """Oracle: monotony, in bytes and seconds of every cell."""
@@ -249,7 +253,7 @@ class TestRecord:
 
     def test_figures_of_another_version_are_kept(self, run, tmp_path, monkeypatch):
         run()
-        monkeypatch.setattr(module, "RESERVED", 0)
+        monkeypatch.setattr(sweep, "RESERVED", 2**37)
         with pytest.raises(UserError, match="with other figures"):
             run()
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +28,6 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from rich.console import Console
 
 from dsfreeze import __version__
-from dsfreeze.activations import TaskActivations
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.errors import UserError, did_you_mean
 from dsfreeze.estimate.flops import prefix_flops
@@ -36,6 +35,8 @@ from dsfreeze.estimate.price import PlanCost
 from dsfreeze.estimate.seconds import EFFICIENCY
 from dsfreeze.hardware import FIGURES, Device, find_device
 from dsfreeze.plan import FreezePlan
+from dsfreeze.planner.request import MOST_GPUS, parse_gpus
+from dsfreeze.planner.sweep import WORTH, Ground, cell
 from dsfreeze.progress import Watch, watched
 from dsfreeze.recipe import FreezeOptions
 from dsfreeze.recipe_section import Section, Texts
@@ -46,36 +47,27 @@ from dsfreeze.strategies import make_plan
 
 FORMAT_VERSION = 1
 RECORD, RESOLVED = "study.json", "study.yaml"
-#: Bytes of an accelerator that the framework, its context and the communication library take (assumption: 0.5 to 1.5 GB and fragments).
-RESERVED = 2 * 2**30
 #: From so many cells on a study takes seconds, and shows how far it is.
 _LONG = 1000
-_MOST = 1_000_000
 
 Row = dict[str, Any]
 
 
 def _numbers(value: Any) -> Any:
-    """`1..1024` as the powers of two in that range; one number as a list; the rest is pydantic's to judge."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return [value]
-    if not isinstance(value, str):
-        return value
-    first, dots, last = value.partition("..")
-    if not (dots and first.strip().isdecimal() and last.strip().isdecimal()):
-        raise ValueError(f"is '{value}'; write a list such as [1, 8, 64], or a range of powers of two such as 1..1024")
-    lowest, highest = int(first), min(int(last), _MOST)
-    found = [2**n for n in range(highest.bit_length()) if lowest <= 2**n <= highest]
-    if not found:
-        raise ValueError(f"is '{value}', and no power of two lies in that range; write it as 1..1024")
-    return found
+    """`1..1024` and `8,64` as `--gpus` reads them; one number as a list; the rest is pydantic's to judge."""
+    if isinstance(value, str):
+        try:
+            return list(parse_gpus(value))
+        except UserError as error:
+            raise ValueError(str(error).removeprefix("--gpus ")) from None
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _options(value: Any) -> Any:
     return {"strategy": value} if isinstance(value, str) else value
 
 
-Devices = Annotated[list[Annotated[int, Field(ge=1, le=_MOST)]], BeforeValidator(_numbers), Field(min_length=1)]
+Devices = Annotated[list[Annotated[int, Field(ge=1, le=MOST_GPUS)]], BeforeValidator(_numbers), Field(min_length=1)]
 Strategies = Annotated[list[Annotated[FreezeOptions, BeforeValidator(_options)]], Field(min_length=1)]
 Stages = Annotated[list[Literal[0, 1, 2, 3]], Field(min_length=1)]
 
@@ -88,7 +80,7 @@ class Study(Section):
     strategies: Strategies
     """Words such as full or lora, or mappings of freeze options such as {strategy: bottom, fraction: 0.5}."""
     gpus: Devices
-    """Numbers of devices, or a range such as 1..1024: its powers of two."""
+    """Numbers of devices, or a range such as 1..1024, doubling from one end to the other."""
     device: str
     """The device, such as h200."""
     sequence_length: Annotated[int, Field(ge=1)] = 4096
@@ -220,15 +212,9 @@ def _known(name: str) -> Anatomy | UserError:
 def _facts(device: Device) -> dict[str, Any]:
     return {
         "name": device.name,
-        "usable": _usable(device),
         **{figure: getattr(device, figure) for figure in FIGURES},
         "sources": dict(device.sources),
     }
-
-
-def _usable(device: Device) -> int:
-    """Bytes that a plan may fill; the rest is the framework's."""
-    return device.memory - (RESERVED if device.name != "cpu" else 0)
 
 
 def _priced(
@@ -264,10 +250,14 @@ def _with_progress(
 
 
 def smallest_cluster(rows: Iterable[Mapping[str, Any]]) -> Row | None:
-    """Of the cells of a plan, the fewest devices that hold it, at their fastest stage (among equals the lowest); None: none do."""
-    holding = [row for row in rows if row["fits"]]
-    found = min(holding, key=lambda row: (row["gpus"], row["seconds_per_step"], row["stage"]), default=None)
-    return None if found is None else dict(found)
+    """Of the cells of a plan, the fewest devices that hold it, at the fastest stage; a lower one where it is no slower to speak
+    of (`sweep.WORTH`). None where none holds it."""
+    holding = sorted((row for row in rows if row["fits"]), key=lambda row: (row["gpus"], row["stage"]))
+    found: Row | None = None
+    for row in (row for row in holding if row["gpus"] == holding[0]["gpus"]):
+        if found is None or row["seconds_per_step"] < (1 - WORTH) * found["seconds_per_step"]:
+            found = dict(row)
+    return found
 
 
 def _without(row: Row, keys: Iterable[str]) -> Row:
@@ -279,50 +269,35 @@ class _Case:
     """One model under one plan."""
 
     study: Study
-    device: Device
-    anatomy: Anatomy
+    ground: Ground
     plan: FreezePlan
-    activations: TaskActivations
-
-    def _cost(self, *, prefix_cache: bool) -> PlanCost:
-        study = self.study
-        work = Workload(
-            micro_batch_size=study.per_device_train_batch_size,
-            gradient_checkpointing=study.gradient_checkpointing,
-            prefix_cache=prefix_cache,
-        )
-        return PlanCost(
-            self.anatomy, self.plan, self.activations, work,
-            dtype_bytes=study.dtype_bytes, sequence_length=study.sequence_length,
-        )  # fmt: skip
 
     @cached_property
-    def _plain(self) -> PlanCost:
-        return self._cost(prefix_cache=False)
+    def _cost(self) -> PlanCost:
+        return self.ground.cost(self.plan)
 
     def cell(self, gpus: int, stage: int) -> Row:
         """One row of the table."""
-        price = self._plain.at(stage, gpus)
-        step = price.on(self.device).total
-        token = step / (price.tokens * gpus)
+        found = cell(self.ground, self._cost, stage, gpus)
+        token = 1 / found.tokens_per_second
         return {
             "gpus": gpus,
             "stage": stage,
-            "bytes": price.peaks.most,
-            "fits": price.peaks.most <= _usable(self.device),
-            "seconds_per_step": step,
+            "bytes": found.price.peaks.most,
+            "fits": found.fits,
+            "seconds_per_step": found.seconds.total,
             "seconds_per_token": token,
             **training_cost(token, gpus, self.study),
         }
 
     def summary(self) -> Row:
         """What is the same on every cluster."""
-        states = self._plain.at(0, 1).states
+        states = self._cost.at(0, 1).states
         return {"parameters": states.total, "trainable": states.trainable, "flops_vs_full": states.flops_ratio}
 
     @cached_property
     def _prefix_flops(self) -> int:
-        return prefix_flops(self._plain.anatomy, self.plan.ever_trained, self.study.sequence_length)
+        return prefix_flops(self._cost.anatomy, self.plan.ever_trained, self.study.sequence_length)
 
     @property
     def has_prefix(self) -> bool:
@@ -331,12 +306,13 @@ class _Case:
 
     def cache(self, gpus: int, stage: int) -> Row:
         """Reading a token's prefix against recomputing it, and the step with it against without (formulas: above)."""
-        device, size = self.device, self.anatomy.hidden_size * self.study.dtype_bytes
-        recomputed = self._prefix_flops / (EFFICIENCY * device.flops(self.study.dtype_bytes))
+        device, width = self.ground.device, self.study.dtype_bytes
+        size = self.ground.anatomy.hidden_size * width
+        recomputed = self._prefix_flops / (EFFICIENCY * device.flops(width))
         from_host = size / device.host_bandwidth
         from_storage = size * min(gpus, device.per_node) / device.storage_bandwidth
-        without = self._plain.at(stage, gpus).on(device).total
-        cached = self._cost(prefix_cache=True).at(stage, gpus).on(device).total
+        with_cache = self.ground.cost(self.plan, replace(self.ground.workload, prefix_cache=True))
+        without, cached = (cell(self.ground, cost, stage, gpus).seconds.total for cost in (self._cost, with_cache))
         return {
             "gpus": gpus,
             "stage": stage,
@@ -366,8 +342,14 @@ def _case(study: Study, anatomy: Anatomy | UserError, name: str, options: Freeze
     known = known_activations(name)
     if known is None:
         raise UserError(f"The activations of model '{name}' are not known here.")
-    activations = known.of("causal_lm", None, study.dtype_bytes)
-    return _Case(study, device, anatomy, make_plan(anatomy, options), activations)
+    work = Workload(
+        micro_batch_size=study.per_device_train_batch_size, gradient_checkpointing=study.gradient_checkpointing
+    )
+    ground = Ground(
+        anatomy, known.of(work.task, work.attention, study.dtype_bytes), work, device,
+        dtype_bytes=study.dtype_bytes, sequence_length=study.sequence_length,
+    )  # fmt: skip
+    return _Case(study, ground, make_plan(anatomy, options))
 
 
 # -- the record --------------------------------------------------------------------------------------------------------
