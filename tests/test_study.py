@@ -289,3 +289,11 @@ def test_table(run):
     ]  # fmt: skip
     assert "none holds it" in next(line for line in text.splitlines() if "full" in line)
     assert "left out: llama-3-8b, bitfit" in text
+
+
+def test_the_shipped_study_is_one():
+    """Oracle: the scripts' own study, whose models' shapes and activations are all shipped."""
+    study = read_study(Path(__file__).parents[1] / "benchmarks" / "scaling.yaml")
+    assert all(known_anatomy(name, "causal_lm", None) for name in study.models)
+    assert len(study.strategies) == 6
+    assert (study.gpus[0], study.gpus[-1]) == (1, 1024)
