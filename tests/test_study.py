@@ -196,6 +196,12 @@ class TestPrefixCache:
         assert row["storage_pays"] == pytest.approx(row["recompute_seconds"] / row["storage_seconds"])
         assert row["step_speedup"] == pytest.approx(row["seconds_per_step"] / row["cached_seconds_per_step"])
 
+    def test_all_layers_may_lie_below(self, run):
+        """Oracle: the head alone trains, so all 32 layers are read, twice what half of them take to recompute."""
+        half, head = run(strategies=[{"strategy": "bottom", "fraction": 0.5}, "head"], gpus=[1])["prefix_cache"]
+        assert head["recompute_seconds"] == pytest.approx(2 * half["recompute_seconds"])
+        assert head["step_speedup"] > half["step_speedup"]
+
     def test_nothing_frozen_below_nothing_cached(self, run):
         assert run(strategies=["full", "lora", {"strategy": "top", "fraction": 0.5}])["prefix_cache"] == []
 

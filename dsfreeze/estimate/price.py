@@ -196,7 +196,7 @@ class _PhaseCost:
     def _forward(self) -> tuple[int, ...]:
         """The fullest moment of each part's forward pass; a cached prefix is not run."""
         skipped = self.cost.anatomy.lowest_trainable(self.chosen) if self.cached else 0
-        return self.passes.forward[skipped:]
+        return self.passes.forward[min(skipped, len(self.passes.forward) - 1) :]
 
     def _fullest_backward(self, gradients: int, waiting: int) -> int:
         """Activations up to a part with the gradients of the parts above it, at the fullest."""
