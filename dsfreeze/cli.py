@@ -216,11 +216,28 @@ def _plan_picture(recipe: Recipe, world_size: int, as_json: bool) -> int:
     freeze_plan = make_plan(anatomy, recipe.freeze, _num_steps(recipe), setting)
     freeze_plan = replace(freeze_plan, notes=(*freeze_plan.notes, *notes))
     cost = estimate(freeze_plan.adapted(anatomy), freeze_plan, num_steps=_num_steps(recipe), **asdict(setting))
+    price = _known_price(recipe, world_size)
     if as_json:
-        _print_json(plan_as_dict(anatomy, freeze_plan, cost))
-    else:
-        _show(draw(anatomy, freeze_plan, cost))
+        _print_json({**plan_as_dict(anatomy, freeze_plan, cost), "peaks": price and asdict(price.peaks)})
+        return 0
+    _show(draw(anatomy, freeze_plan, cost))
+    if price is not None:
+        from dsfreeze.planner.tables import peak_line
+
+        _show(peak_line(price, recipe.train.per_device_train_batch_size))
     return 0
+
+
+def _known_price(recipe: Recipe, world_size: int) -> Any:
+    """The whole price where what the model's passes store is at hand; else None, for reading it would take a while."""
+    from dsfreeze.planner.request import price_of_run
+    from dsfreeze.shapes import known_activations
+
+    known = known_activations(recipe.model.name)
+    ends = {task for profile in known.profiles.values() for task in profile.ends} if known else set()
+    if ("causal_lm" if recipe.task == "sft" else recipe.task) not in ends:
+        return None
+    return price_of_run(_anatomy, recipe, world_size, recipe.data.max_length)
 
 
 def _plan_table(recipe: Recipe, request: Any, as_json: bool) -> int:

@@ -87,13 +87,13 @@ class TestSweep:
         assert ground.usable(64) == find_device("cpu").memory // shared
 
     def test_advice_is_the_fastest_stage_that_fits(self, ground):
-        """Oracle: by hand from the rows; a higher stage must be faster by more than two per cent."""
+        """Oracle: by hand from the rows; a higher stage must be faster by more than ten per cent."""
         plans, _ = plans_of(ground.anatomy, STRATEGIES, None)
         rows = sweep(ground, plans, (8,))
         for strategy, stage in advice(rows, 0).items():
             mine = {r.stage: r.cells[0] for r in rows if r.strategy == strategy and r.cells[0].fits}
             fastest = min(at.seconds.total for at in mine.values())
-            assert mine[stage].seconds.total <= fastest / 0.98**3
+            assert mine[stage].seconds.total <= fastest / 0.9**3
             assert all(mine[lower].seconds.total > mine[stage].seconds.total for lower in mine if lower < stage)
 
     def test_a_frozen_giant_is_not_advised_stage_3_where_lower_ones_fit(self):

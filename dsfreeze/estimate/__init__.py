@@ -63,9 +63,27 @@ def estimate(
     """
     check_setting(stage, world_size, offload)
     adapted = as_trained(anatomy, plan)
-    numel = {t.name: t.numel for t in adapted.tensors}
     own = [t for t in adapted.tensors if t.category != "adapter"]
     full_forward, full_backward = flops(adapted, own, frozenset(t.name for t in own), sequence_length)
+    forward, backward = _mean_flops(adapted, plan if phase is None else _only(plan, phase), sequence_length, num_steps)
+    return Estimate(
+        **held_bytes(
+            adapted, plan, stage=stage, world_size=world_size, dtype_bytes=dtype_bytes, offload=offload, phase=phase
+        ),
+        total=adapted.numel,
+        forward_flops=forward,
+        backward_flops=backward,
+        full_forward_flops=full_forward,
+        full_backward_flops=full_backward,
+    )
+
+
+def held_bytes(
+    adapted: Anatomy, plan: FreezePlan, *, stage: int, world_size: int, dtype_bytes: int, offload: bool,
+    phase: Phase | None = None,
+) -> dict[str, int]:  # fmt: skip
+    """Those fields of an `Estimate` that depend on stage and ranks, of the phase or of the one that holds most."""
+    numel = {t.name: t.numel for t in adapted.tensors}
 
     def count(names: Iterable[str]) -> int:
         return sum(numel[name] for name in names)
@@ -78,16 +96,7 @@ def estimate(
         return {**held, "parked": parked, "trainable": trained}
 
     chosen = _distinct(plan, count) if phase is None else [(phase, _idle(plan, phase, count))]
-    held = max((bytes_of(*pair) for pair in chosen), key=lambda held: (on_device(held), held["on_host"]))
-    forward, backward = _mean_flops(adapted, plan if phase is None else _only(plan, phase), sequence_length, num_steps)
-    return Estimate(
-        **held,
-        total=adapted.numel,
-        forward_flops=forward,
-        backward_flops=backward,
-        full_forward_flops=full_forward,
-        full_backward_flops=full_backward,
-    )
+    return max((bytes_of(*pair) for pair in chosen), key=lambda held: (on_device(held), held["on_host"]))
 
 
 def _idle(plan: FreezePlan, phase: Phase, count: Callable[[Iterable[str]], int]) -> int:

@@ -17,16 +17,17 @@ Left out: what the framework, CUDA and the communication library take (0.5 to 1.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from dsfreeze.activations import Passes, TaskActivations
 from dsfreeze.anatomy import Anatomy
-from dsfreeze.estimate import Estimate, as_trained, estimate
+from dsfreeze.estimate import Estimate, as_trained, estimate, held_bytes
 from dsfreeze.estimate.buffers import Buffers, buffers
 from dsfreeze.estimate.communication import Communication, Elements, communication, elements
 from dsfreeze.estimate.flops import prefix_flops, recomputed_flops
 from dsfreeze.estimate.seconds import Seconds, Work, seconds
+from dsfreeze.estimate.states import check_setting
 from dsfreeze.hardware import Device
 from dsfreeze.plan import FreezePlan, Phase
 from dsfreeze.setting import Setting, Workload
@@ -97,15 +98,19 @@ class PlanCost:
         return list({phase.trainable: phase for phase in (most, lowest)}.values())
 
     @cached_property
-    def _unsharded(self) -> Estimate:
-        """FLOPs, which are the same everywhere."""
-        return self._states(Setting(0, 1, self.dtype_bytes, False, self.length))
+    def _alone(self) -> Estimate:
+        """At stage 0 on one rank; FLOPs are the same everywhere."""
+        return estimate(
+            self.anatomy, self.plan, stage=0, dtype_bytes=self.dtype_bytes, sequence_length=self.length, num_steps=self.num_steps
+        )  # fmt: skip
 
     def _states(self, setting: Setting) -> Estimate:
-        return estimate(
+        check_setting(setting.stage, setting.world_size, setting.offload)
+        held = held_bytes(
             self.anatomy, self.plan, stage=setting.stage, world_size=setting.world_size,
-            dtype_bytes=setting.dtype_bytes, offload=setting.offload, sequence_length=self.length, num_steps=self.num_steps,
+            dtype_bytes=setting.dtype_bytes, offload=setting.offload,
         )  # fmt: skip
+        return replace(self._alone, **held)
 
     def at(self, stage: int, world_size: int, *, offload: bool = False) -> Price:
         """The price at a ZeRO stage on so many ranks; of a plan that moves, with its fullest phase's memory."""

@@ -29,8 +29,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 #: Bytes of an accelerator that the framework, its context and the communication library take (assumption: 0.5 to 1.5 GB and fragments).
 RESERVED = 2 * 2**30
-#: A higher stage is advised only where it is faster by more than this; it is slower wherever links are worse than their sheet.
-WORTH = 0.02
+#: A higher stage is advised only where it is faster by more than this: that its gathers hide wholly is an assumption, and links are worse
+#: than their sheet.
+WORTH = 0.10
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dsfreeze.estimate.price import Price
 from dsfreeze.planner.fit import Found
 from dsfreeze.planner.request import Planner
 from dsfreeze.planner.sweep import Cell, Row, advice
@@ -73,6 +74,16 @@ def _caption(planner: Planner) -> list[str]:
             "Seconds by data sheets and assumed efficiencies; compare them with each other, and calibrate (--calibrate RUN)."
         )
     return [*lines, *planner.notes]
+
+
+def peak_line(price: Price, micro_batch_size: int) -> str:
+    """One plan's peak and what it is made of, in a line."""
+    peaks = price.peaks
+    passes = price.items["activations"] + price.items["logits and loss"]
+    return (
+        f"peak             {gib(peaks.most)} a rank (forward {gib(peaks.forward)}, backward {gib(peaks.backward)}, step {gib(peaks.step)}),\n"
+        f"                 of it {gib(passes)} of activations and logits at {micro_batch_size} x {price.setting.sequence_length} tokens"
+    )
 
 
 def fit_table(planner: Planner, found: Mapping[int, Sequence[Found]]) -> RenderableType:
