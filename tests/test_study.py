@@ -143,17 +143,17 @@ class TestFigures:
             assert gpus > 1
             assert plan["smallest"]["gpus"] == gpus
             fastest = min(row["seconds_per_step"] for row in able)
-            assert fastest <= plan["smallest"]["seconds_per_step"] <= 1.03 * fastest
+            assert fastest <= plan["smallest"]["seconds_per_step"] <= fastest / (1 - sweep.WORTH) ** 3
         full, half = (plan["smallest"]["gpus"] for plan in record["plans"])
         assert full > half
 
     def test_a_higher_stage_must_be_worth_it(self):
-        """Oracle: two per cent, by hand; fewer devices come first, whatever it takes."""
+        """Oracle: by hand, on either side of the planner's margin; fewer devices come first, whatever it takes."""
 
         def row(gpus, stage, seconds, fits=True):
             return {"gpus": gpus, "stage": stage, "seconds_per_step": seconds, "fits": fits}
 
-        little, much = row(2, 3, 0.99), row(2, 3, 0.97)
+        little, much = row(2, 3, 1 - 0.9 * sweep.WORTH), row(2, 3, 1 - 1.1 * sweep.WORTH)
         lower, others = row(2, 1, 1.0), [row(2, 0, 2.0), row(1, 0, 0.1, fits=False), row(4, 0, 0.1)]
         assert smallest_cluster([little, lower, *others]) == lower
         assert smallest_cluster([much, lower, *others]) == much
