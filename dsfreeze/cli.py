@@ -270,7 +270,7 @@ def _study(file: Path, as_json: bool) -> int:
     from dsfreeze.planner.study import read_study, run_study
     from dsfreeze.tables import study_table
 
-    record = run_study(read_study(file))
+    record = run_study(read_study(file), Console(stderr=True))
     if as_json:
         _print_json(record)
     else:

@@ -142,19 +142,18 @@ def study_table(record: Mapping[str, Any]) -> Table:
     """A scaling study: of each plan the smallest cluster that holds it, what the training takes there, and whether a prefix cache pays."""
     study, device = record["study"], record["device"]["name"]
     title = f"smallest clusters of {device}, {study['tokens']:.3g} tokens in sequences of {study['sequence_length']}"
-    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False, collapse_padding=True)
     priced = study["price_per_gpu_hour"] is not None
-    for name in ("model", "strategy", "trains"):
-        table.add_column(name, no_wrap=name == "model")
-    for name in ("cluster", "a device", "s/M tokens", "GPU-hours", *(["price"] if priced else []), "cache"):
-        table.add_column(name, justify="right")
+    for name in ("model", "strategy"):
+        table.add_column(name, no_wrap=True)
+    for name in ("GPUs", "ZeRO", "GiB", "s/Mtok", "GPU-h", *(["price"] if priced else []), "cache"):
+        table.add_column(name, justify="right", no_wrap=True)
     cached = {(row["model"], row["strategy"]): row for row in record["prefix_cache"]}
     for plan in record["plans"]:
-        trains = f"{100 * plan['trainable'] / plan['parameters']:.3g} %"
-        figures = _cluster_figures(plan["smallest"], priced) or ["[red]none holds it[/]"]
-        filled = [*figures, *[""] * (4 + priced - len(figures))]
+        figures = _cluster_figures(plan["smallest"], priced) or ["[red]none[/]"]
+        filled = [*figures, *[""] * (5 + priced - len(figures))]
         cache = _cache_figure(cached.get((plan["model"], plan["strategy"])))
-        table.add_row(plan["model"], plan["strategy"], trains, *filled, cache)
+        table.add_row(plan["model"], plan["strategy"].replace(" fraction=", " "), *filled, cache)
     left = [f"left out: {row['model']}, {row['strategy']}. {row['reason']}" for row in record["left_out"]]
     explained = "cache: the step's speed-up with the frozen prefix read from storage, once it is filled"
     table.caption, table.caption_justify = "\n".join(map(escape, [explained, *left])), "left"
@@ -165,8 +164,9 @@ def _cluster_figures(smallest: Mapping[str, Any] | None, priced: bool) -> list[s
     if smallest is None:
         return []
     return [
-        f"{smallest['gpus']} at ZeRO-{smallest['stage']}",
-        gib(smallest["bytes"]),
+        f"{smallest['gpus']:,}",
+        str(smallest["stage"]),
+        f"{smallest['bytes'] / 2**30:.1f}",
         f"{1e6 * smallest['seconds_per_token']:.3g}",
         f"{smallest['gpu_hours']:,.1f}",
         *([f"{smallest['price']:,.2f}"] if priced else []),
