@@ -1,7 +1,8 @@
 """What the planner's formula (dsfreeze/estimate/seconds.py) says of a step's time, against steps that ran.
 
 Ten plans of two models live side by side and take turns, so that a noisy moment hits them alike; each round gives one ratio to
-full tuning per plan. The formula is calibrated on full tuning alone, so that an error is one of a ratio. Where a step spends its
+full tuning per plan. Times are the process's CPU seconds, which with one thread and no waiting are those of the clock on a
+machine of one's own, and stay so on a shared one; the clock's ratios are recorded beside. The formula is calibrated on full tuning alone, so that an error is one of a ratio. Where a step spends its
 time (forward, backward, optimizer) is recorded beside, as shares of a full step: measured, and by the formula's items.
 Activations are counted too: the fullest moment of a real forward and backward pass, against the formula's. `--again` compares
 what was measured before with the formula as it is now.
@@ -51,7 +52,7 @@ PLANS: dict[str, tuple[dict[str, Any], bool]] = {
     "full, checkpointed": ({"strategy": "full"}, True),
     "bottom 50 %, checkpointed": ({"strategy": "bottom", "fraction": 0.5}, True),
 }
-STAGE, ROUNDS, WARMUP = 2, 15, 2
+STAGE, ROUNDS, WARMUP = 2, 13, 2
 
 
 @dataclass(frozen=True)
@@ -87,25 +88,30 @@ class Case:
     """One plan, ready to step."""
 
     engine: Engine
-    ended: float = 0.0
+    ended: tuple[float, float] = (0.0, 0.0)
     """When the last forward pass did."""
 
     def step(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Seconds of a step by part."""
-        began = time.perf_counter()
+        """Seconds of a step by part, the CPU's and the clock's."""
+        began = _now()
         self.engine.forward_backward(batch, 1.0)
-        passed = time.perf_counter()
+        passed = _now()
         self.engine.step(1e-4)
-        done = time.perf_counter()
+        done = _now()
         return {
-            "forward": self.ended - began,
-            "backward": passed - self.ended,
-            "optimizer": done - passed,
-            "all": done - began,
+            "forward": self.ended[0] - began[0],
+            "backward": passed[0] - self.ended[0],
+            "optimizer": done[0] - passed[0],
+            "cpu": done[0] - began[0],
+            "clock": done[1] - began[1],
         }
 
     def forward_ended(self, *_: object) -> None:
-        self.ended = time.perf_counter()
+        self.ended = _now()
+
+
+def _now() -> tuple[float, float]:
+    return time.process_time(), time.perf_counter()
 
 
 def planned(shape: Shape, name: str, known: TaskActivations) -> tuple[nn.Module, FreezePlan, Recipe, PlanCost]:
@@ -158,11 +164,12 @@ def measure(shape: Shape, known: TaskActivations) -> dict[str, Any]:
         case.engine.close()
 
     def share(name: str, part: str) -> float:
-        return round(median(r[name][part] / r["full"]["all"] for r in rounds), 4)
+        return round(median(r[name][part] / r["full"]["cpu"] for r in rounds), 4)
 
     return {
         name: {
-            "time_over_full": spread([r[name]["all"] / r["full"]["all"] for r in rounds]),
+            "time_over_full": spread([r[name]["cpu"] / r["full"]["cpu"] for r in rounds]),
+            "clock_over_full": spread([r[name]["clock"] / r["full"]["clock"] for r in rounds]),
             "shares_of_full": {part: share(name, part) for part in ("forward", "backward", "optimizer")},
             "activation_bytes": counted[name],
         }
@@ -180,7 +187,9 @@ def compared(seen: dict[str, Any], shape: Shape, known: TaskActivations) -> dict
     for name, row in seen.items():
         ours, passes = times[name], costs[name].phases[0].passes
         ratio, most = ours.total / whole, max(passes.forward + passes.backward)
-        rows[name] = {key: row[key] for key in ("time_over_full", "shares_of_full", "activation_bytes")} | {
+        rows[name] = {
+            key: row[key] for key in ("time_over_full", "clock_over_full", "shares_of_full", "activation_bytes")
+        } | {
             "predicted": round(ratio, 4),
             "error_percent": round(100 * (ratio / row["time_over_full"]["median"] - 1), 1),
             "predicted_shares": {
