@@ -63,7 +63,8 @@ def peaks_of(price: Price) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("dtype_bytes", [2, 4])
 def test_items_by_hand(dtype_bytes):
-    """Oracle: closed forms at stage 2 on one rank, half of the layers trained; the step holds states and a layer's gradient."""
+    """Oracle: closed forms at stage 2 on one rank, half of the layers trained: what is stored and the end's
+    working set on top of states without gradients; the step holds states and a layer's gradient."""
     b, layer, end = dtype_bytes, 16 * D * D + 2 * D, D + VOCAB * D
     price = cost_of(count=4, dtype_bytes=b).at(2, 1)
     trained, frozen = 4 * layer + end, 4 * layer + VOCAB * D
@@ -76,6 +77,9 @@ def test_items_by_hand(dtype_bytes):
     }  # fmt: skip
     states = ("frozen weights", "trainable weights", "gradients", "masters", "moments")
     assert price.peaks.step == sum(price.items[name] for name in (*states, "step gradient"))
+    before = sum(price.items[name] for name in states if name != "gradients")
+    assert price.peaks.forward == before + TOKENS * (4 * 520 + 8000)
+    assert price.peaks.backward == before + price.items["reduce bucket"] + TOKENS * (4 * 520 + 4000)
     assert price.peaks.most == max(peaks_of(price))
     assert sum(price.items.values()) >= price.peaks.most
 
