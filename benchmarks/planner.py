@@ -1,10 +1,12 @@
 """What the planner's formula (dsfreeze/estimate/seconds.py) says of a step's time, against steps that ran.
 
-Ten plans of two models live side by side and take turns, so that a noisy moment hits them alike; each round gives one ratio to
-full tuning per plan. Times are the process's CPU seconds, which with one thread and no waiting are those of the clock on a
-machine of one's own, and stay so on a shared one; the clock's ratios are recorded beside. The formula is calibrated on full tuning alone, so that an error is one of a ratio. Where a step spends its
-time (forward, backward, optimizer) is recorded beside, as shares of a full step: measured, and by the formula's items.
-Activations are counted too: the fullest moment of a real forward and backward pass, against the formula's. `--again` compares
+Eleven plans of a model live side by side and take turns, another first in each round, so that a noisy moment hits them alike;
+each round gives one ratio to full tuning per plan. Times are the process's CPU seconds, which with one thread and no waiting
+are those of the clock on a machine of one's own, and stay so on a shared one; the clock's ratios are recorded beside. The formula
+is calibrated on full tuning alone, so that an error is one of a ratio. Where a step spends its time (forward, backward,
+optimizer) is recorded too, as shares of a full step, and so are the formula's items.
+
+Activations are counted as well: the fullest moment of a real forward and backward pass, against the formula's. `--again` compares
 what was measured before with the formula as it is now.
 """
 
@@ -52,7 +54,7 @@ PLANS: dict[str, tuple[dict[str, Any], bool]] = {
     "full, checkpointed": ({"strategy": "full"}, True),
     "bottom 50 %, checkpointed": ({"strategy": "bottom", "fraction": 0.5}, True),
 }
-STAGE, ROUNDS, WARMUP = 2, 13, 2
+STAGE, ROUNDS, WARMUP = 2, 15, 2
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,9 @@ def measure(shape: Shape, known: TaskActivations) -> dict[str, Any]:
     for case in cases.values():
         for _ in range(WARMUP):
             case.step(batch)
-    rounds = [{name: case.step(batch) for name, case in cases.items()} for _ in range(ROUNDS)]
+    names = list(cases)
+    turns = [[*names[n % len(names) :], *names[: n % len(names)]] for n in range(ROUNDS)]
+    rounds = [{name: cases[name].step(batch) for name in turn} for turn in turns]
     for case in cases.values():
         case.engine.close()
 

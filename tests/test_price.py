@@ -159,6 +159,14 @@ def test_micro_steps():
     assert three.work.stepped == one.work.stepped
 
 
+@pytest.mark.parametrize(("stage", "ranks", "times"), [(0, 1, 0), (0, 8, 1), (1, 8, 1), (2, 8, 3), (3, 8, 3)])
+def test_gradients_on_their_way(stage, ranks, times):
+    """Oracle: five copies, each read and written, of bf16 gradients; three micro-steps, of which stages 0 and 1 send once."""
+    cost = cost_of(count=4, work={"gradient_accumulation_steps": 3})
+    alone, price = cost.at(0, 1), cost.at(stage, ranks)
+    assert price.work.pass_bytes - alone.work.pass_bytes == times * 5 * 2 * 2 * price.states.trainable
+
+
 def test_seconds_by_hand():
     """Oracle: the formula written out; four of eight layers and the end train, bf16, stage 2 on 8 ranks, 64 tokens each."""
     trained = 4 * 4128 + 16016  # a layer 16 D^2 + 2 D, the final norm and the head D + 1000 D

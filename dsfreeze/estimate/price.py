@@ -226,11 +226,18 @@ class _PhaseCost:
         return Work(
             forward_flops=tokens * (states.forward_flops + self.recomputed - self.spared),
             backward_flops=tokens * states.backward_flops,
-            pass_bytes=work.gradient_accumulation_steps * self._pass_bytes,
+            pass_bytes=work.gradient_accumulation_steps * self._pass_bytes + self._reduced_bytes(setting),
             stepped=stepped,
             on_host=setting.offload,
             cache_bytes=work.gradient_accumulation_steps * self.cached,
         )
+
+    def _reduced_bytes(self, setting: Setting) -> int:
+        """Bytes that gradients move on their way through the bucket: at each micro-step, at stages 0 and 1 once, and at 0 only
+        where there is somebody to send to."""
+        once = int(setting.stage == 1 or setting.world_size > 1)
+        times = self.cost.work.gradient_accumulation_steps if setting.stage >= 2 else once
+        return times * REDUCED * self.cost.dtype_bytes * self.sizes.trainable
 
     @cached_property
     def _pass_bytes(self) -> int:
@@ -246,7 +253,7 @@ class _PhaseCost:
         cut = max(0, cost.anatomy.lowest_trainable(self.chosen) - 1)
         moved = sum(forward[first:]) + sum(backward[lowest:])
         moved += sum(forward[lowest:-1]) if cost.work.gradient_checkpointing else 0
-        return moved + cost.dtype_bytes * (sum(read) + sum(read[cut:]) + REDUCED * self.sizes.trainable)
+        return moved + cost.dtype_bytes * (sum(read) + sum(read[cut:]) + self.sizes.trainable)
 
     def _adapter_bytes(self) -> list[tuple[int, int]]:
         """(forward, backward) bytes that each part's adapters move, operation by operation: thin products do little else.
