@@ -154,7 +154,7 @@ def measure(module, options: dict) -> tuple[float, Estimate]:
     return counter.get_total_flops() / ids.numel(), estimate(anatomy, plan, sequence_length=32)
 
 
-RECOMPUTING = ("llama", "gemma3", "qwen2", "phi", "gpt2", "bert")
+RECOMPUTING = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2", "phi", "bert")
 INSIDE = {
     "full": {"strategy": "full"},
     "bottom": {"count": 2},

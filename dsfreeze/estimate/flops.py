@@ -22,8 +22,8 @@ Falcon and T5, and for LoRA and single matrices where attention and feed-forward
 models it is up to 5 % in a toy, since pooler and classifier run once a sequence and are counted once a token; a plan
 inside the lowest layer of a parallel block (Phi, GPT-NeoX, Falcon) is counted up to one layer's input gradient too
 dear. With DoRA it is -10 % at 64 tokens a step, and shrinks with their number; so does what DeBERTa spends on its table
-of relative positions, which is per sequence and left out. What checkpointing runs again is exact for Llama, Gemma3,
-Qwen2, Phi, GPT-2 and BERT.
+of relative positions, which is per sequence and left out. What checkpointing runs again is exact for Llama, Mistral,
+Qwen2, Qwen3, Gemma3, GPT-2, Phi and BERT.
 """
 
 from __future__ import annotations
