@@ -26,7 +26,7 @@ from dsfreeze.estimate import Estimate, as_trained, estimate, held_bytes
 from dsfreeze.estimate.buffers import Buffers, buffers
 from dsfreeze.estimate.communication import Communication, Elements, communication, elements
 from dsfreeze.estimate.flops import prefix_flops, recomputed_flops
-from dsfreeze.estimate.seconds import Seconds, Work, seconds
+from dsfreeze.estimate.seconds import REDUCED, Seconds, Work, seconds
 from dsfreeze.estimate.states import check_setting
 from dsfreeze.hardware import Device
 from dsfreeze.plan import FreezePlan, Phase
@@ -195,7 +195,7 @@ class _PhaseCost:
         return Peaks(
             forward=resident + waits + gathered + max(self._forward()),
             backward=on_device + self.cached + held.in_backward + self._fullest_backward(gradients, waits),
-            step=resident + gradients + held.step_gradient,
+            step=resident + (gradients // setting.world_size if setting.stage == 1 else gradients) + held.step_gradient,
         )
 
     def _forward(self) -> tuple[int, ...]:
@@ -214,12 +214,10 @@ class _PhaseCost:
 
     def _trained_of_parts(self) -> list[int]:
         """Elements that train before the layers, in each, and after them."""
-        anatomy = self.cost.anatomy
-
-        def count(layers: Iterable[str]) -> int:
-            return sum(t.numel for name in layers for t in self._layers[name] if t.name in self.chosen)
-
-        return [count(["embed"]), *(count([layer.name]) for layer in anatomy.blocks), count(["norm", "head"])]
+        return [
+            sum(t.numel for name in layers for t in self._layers[name] if t.name in self.chosen)
+            for layers in self._parts()
+        ]
 
     @cached_property
     def _layers(self) -> dict[str, tuple]:
@@ -233,21 +231,57 @@ class _PhaseCost:
         return Work(
             forward_flops=tokens * (states.forward_flops + self.recomputed - self.spared),
             backward_flops=tokens * states.backward_flops,
-            pass_bytes=work.gradient_accumulation_steps * self._pass_bytes,
+            pass_bytes=work.gradient_accumulation_steps * self._pass_bytes + self._reduced_bytes(setting),
             stepped=stepped,
             on_host=setting.offload,
             cache_bytes=work.gradient_accumulation_steps * self.cached,
         )
+
+    def _reduced_bytes(self, setting: Setting) -> int:
+        """Bytes that gradients move on their way through the bucket: at each micro-step, at stages 0 and 1 once, and at 0 only
+        where there is somebody to send to."""
+        once = int(setting.stage == 1 or setting.world_size > 1)
+        times = self.cost.work.gradient_accumulation_steps if setting.stage >= 2 else once
+        return times * REDUCED * self.cost.dtype_bytes * self.sizes.trainable
 
     @cached_property
     def _pass_bytes(self) -> int:
         """Bytes that one micro-batch's passes move through the device's memory."""
         cost = self.cost
         busy = cost.activations.busy(cost.work.micro_batch_size, cost.length)
+        adapters = self._adapter_bytes()
+        forward = [2 * size + more for size, (more, _) in zip(busy, adapters, strict=True)]
+        backward = [3 * size + more for size, (_, more) in zip(busy, adapters, strict=True)]
         lowest = next(i for i, size in enumerate(self.passes.backward) if size)
         first = lowest if self.cached else 0
         read = [layer.numel for layer in cost.anatomy.layers if layer.name != "embed"]
         cut = max(0, cost.anatomy.lowest_trainable(self.chosen) - 1)
-        moved = 2 * sum(busy[first:]) + 3 * sum(busy[lowest:])
-        moved += 2 * sum(busy[lowest:-1]) if cost.work.gradient_checkpointing else 0
-        return moved + cost.dtype_bytes * (sum(read) + sum(read[cut:]) + self.sizes.trainable)
+        moved = sum(forward[first:]) + sum(backward[lowest:])
+        moved += sum(forward[lowest:-1]) if cost.work.gradient_checkpointing else 0
+        forward_weights = sum(read[cut:] if self.cached else read)
+        backward_weights = sum(read[cut:]) * (2 if cost.work.gradient_checkpointing else 1)
+        return moved + cost.dtype_bytes * (forward_weights + backward_weights + self.sizes.trainable)
+
+    def _adapter_bytes(self) -> list[tuple[int, int]]:
+        """(forward, backward) bytes that each part's adapters move, operation by operation: thin products do little else.
+
+        Of A's input a forward pass reads 1, a backward one reads 1 for A's gradient, writes that of the input and adds it
+        to the matrix's (3): 5. Of B's output a forward pass writes 1, scales it (2) and adds it to the matrix's (3): 6; a
+        backward one scales its gradient (2) and reads it for B's and for A's output's: 4.
+        """
+        ways = {".lora_A.": (1, (1, 5)), ".lora_B.": (0, (6, 4))}
+
+        def moved(layers: Iterable[str]) -> tuple[int, int]:
+            sides = [
+                (tensor.shape[side], times)
+                for name in layers for tensor in self._layers[name] for key, (side, times) in ways.items()
+                if tensor.category == "adapter" and key in tensor.name
+            ]  # fmt: skip
+            forward, backward = (sum(size * times[way] for size, times in sides) for way in (0, 1))
+            return self.tokens * self.cost.dtype_bytes * forward, self.tokens * self.cost.dtype_bytes * backward
+
+        return [moved(layers) for layers in self._parts()]
+
+    def _parts(self) -> list[list[str]]:
+        """Names of the layers before the transformer layers, of each of these, and of those after them."""
+        return [["embed"], *([layer.name] for layer in self.cost.anatomy.blocks), ["norm", "head"]]

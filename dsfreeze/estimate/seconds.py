@@ -1,21 +1,28 @@
 """Seconds of an optimizer step by a roofline of products, memory and links, and what a measured run says about it.
 
-    products       FLOPs / (0.5 peak); a backward product takes `BACKWARD` times as long as a forward one of equal FLOPs
+    products       FLOPs / (0.5 peak), a backward one's as a forward one's
     memory         bytes / (0.8 bandwidth), added to the products, since kernels run one after another:
-                   weights b P a forward, b P_above a backward, b P_t gradients written; of a layer's activations (all it could store)
-                   2 x in a forward pass (written, read), 3 x in a backward one (stored ones read, gradients written and read)
+                   weights b P a forward, b P_above a backward; b P_t gradients written, and `REDUCED` b P_t through the bucket (copied
+                   in, flattened, divided, copied back, cut out, each a read and a write: DeepSpeed's `stage_1_and_2.py`);
+                   of a layer's activations (all it could store) 2 x in a forward pass (written, read), 3 x in a backward one
+                   (stored ones read, gradients written and read); of an adapter's sides `_adapter_bytes`, by operation
     optimizer      48 bytes an element stepped in fp32, 52 in bf16 (AdamW 28; gradient flattened, measured and clipped; the rounded weight written)
     links          bytes sent (`communication`) / ring bandwidth. Gathers of stage 3 hide behind a pass of equal length; the rest is
                    waited for, as in our configurations (overlap_comm is on at stage 3 alone)
     host           bytes to and from host memory / PCIe, and the offloaded optimizer's 40 bytes an element at `HOST_STEP`
 
-The two efficiencies are assumptions of ours, and so is `HOST_STEP`. On a CPU a backward product costs 1.4 times a forward one of
-equal FLOPs (measured beside it, benchmarks/planner.json: transposed operands); on accelerators 1.0 is taken, not measured. A calibration replaces
-the absolute level: the factor between one measured run and this formula at the same setting multiplies everything that the
-device does itself, links and host apart. So ratios between plans come from the formula, and seconds from the run.
+The two efficiencies are assumptions of ours, and so is `HOST_STEP`. A calibration replaces the absolute level: the factor between
+one measured run and this formula at the same setting multiplies everything that the device does itself, links and host
+apart. So ratios between plans come from the formula, and seconds from the run.
 
-Measured on a CPU against `benchmarks/planner.json`, calibrated on full tuning: ratios of seven other plans within 10 %. Left
-out: kernel launches (small models on accelerators are slower than this), stragglers, evaluation, data loading, padding.
+Measured (benchmarks/planner.py: one CPU thread, fp32, stage 2, one rank; Llamas of 12 x 384 and 6 x 512; calibrated on full tuning):
+ratios of ten other plans to it, off by @@. Of single products, those of a backward pass take 0.86 to 1.08
+times as long as a forward one of equal FLOPs. Without DeepSpeed a backward pass takes 1.9 times a forward one, within it 2.3 times; the
+difference, 4 to 5 ns an element, is what the formula's way through the bucket takes. LoRA's adapters of rank 8 make a forward pass 1.2 to 1.3 times as long, though they add 3 % of
+FLOPs: their traffic. The optimizer's share is 7 % and the formula's 9 %. On accelerators nothing was measured.
+
+Left out: kernel launches (small models on accelerators are slower than this), stragglers, evaluation, data loading, padding;
+DoRA's norms and scaling.
 """
 
 from __future__ import annotations
@@ -26,8 +33,8 @@ from dsfreeze.estimate.communication import Communication
 from dsfreeze.hardware import Device
 
 EFFICIENCY, BANDWIDTH = 0.5, 0.8
-#: Seconds of a backward product over a forward one of equal FLOPs.
-BACKWARD = {"cpu": 1.4}
+#: Times that a gradient is read or written on its way through the bucket.
+REDUCED = 10
 #: Bytes a second at which a node's host steps an offloaded optimizer, all ranks together (assumption).
 HOST_STEP = 100e9
 #: Bytes that a step moves an element, by the model's bytes an element; offloaded ones see no rounding.
@@ -75,7 +82,7 @@ def seconds(
 ) -> Seconds:
     """The formula above; `scale` is a calibration's factor."""
     peak, bandwidth = EFFICIENCY * device.flops(dtype_bytes), BANDWIDTH * device.memory_bandwidth
-    products = scale * (work.forward_flops + BACKWARD.get(device.name, 1.0) * work.backward_flops) / peak
+    products = scale * (work.forward_flops + work.backward_flops) / peak
     memory = scale * work.pass_bytes / bandwidth
     stepped = (
         HOST_STEPPED / HOST_STEP * min(world_size, device.per_node)
