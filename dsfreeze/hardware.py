@@ -44,10 +44,16 @@ class Device:
     """Reading a cache file, all devices of a node together."""
     per_node: int
     """Devices of a node."""
+    shared: bool = field(default=False, kw_only=True)
+    """Whether the ranks of a node share its memory and speed, as those of a CPU do."""
     sources: Mapping[str, str] = field(repr=False)
     """Where each of `FIGURES` is from."""
     spellings: tuple[str, ...] = field(default=(), repr=False)
     """Other names of it, first of all torch.cuda.get_device_name's."""
+
+    def sharers(self, ranks: int) -> int:
+        """How many of so many ranks share one device's figures."""
+        return min(ranks, self.per_node) if self.shared else 1
 
     def flops(self, dtype_bytes: int) -> float:
         """Peak FLOP/s of a product of matrices of 2 (bf16) or 4 (fp32) bytes an element."""
@@ -104,6 +110,7 @@ def _this_machine() -> Device:
         host_bandwidth=cores * _CORE_BANDWIDTH,
         storage_bandwidth=0.5e9,
         per_node=cores,
+        shared=True,
         sources={
             "memory": "physical memory, from the operating system",
             "bf16_flops": f"{nominal} (as fp32: no AMX)",

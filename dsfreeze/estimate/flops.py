@@ -8,8 +8,9 @@ FLOPs (two for a multiply-add), forward N for each matrix a token passes, then b
 Below the lowest trainable tensor nothing is paid; above it every input gradient is, since the residual stream carries
 everything. So full tuning costs 3 N, and a frozen prefix of b layers of L, embedding included, L + 2 (L - b). The
 attention kernel (scores and their use) adds 4 s d forward, for s positions and d the width of the heads together, and
-twice that backward when anything below it trains; a causal kernel that skips the masked half does half of it. These are the model's FLOPs, those of eager attention; a flash
-kernel stores no scores, and runs their product once more in its backward pass: 2 s d on top, 5 products against 4.
+twice that backward when anything below it trains; a causal kernel that skips the masked half does half of it. These
+are the model's FLOPs, those of eager attention; a flash kernel stores no scores, and runs their product once more in its
+backward pass: 2 s d on top, 5 products against 4.
 Recomputation (checkpointing) is apart, in `recomputed_flops`. Left out: element-wise work, look-ups, the optimizer, and DoRA's weight norm, which is
 per step and not per token. Within the lowest trainable layer the order is input norm, q k v, o, second norm, up gate,
 down: a layer with parallel or post-normed parts may differ there by its own input gradients, and its attention kernel
@@ -19,7 +20,7 @@ one source position and one target position, and all encoder layers count as fee
 Against `torch.utils.flop_counter` with eager attention, measured in tests/test_estimate.py: the error is 0 for full,
 bottom, top, interval and norm plans of Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma3, Phi, Phi-3, GPT-2, GPT-NeoX, BLOOM,
 Falcon and T5, and for LoRA and single matrices where attention and feed-forward follow one another. On BERT-like
-models it is up to 5 % in a toy, since pooler and classifier run once a sequence and are counted once a token; a plan
+models it is up to 7 % in a toy, since pooler and classifier run once a sequence and are counted once a token; a plan
 inside the lowest layer of a parallel block (Phi, GPT-NeoX, Falcon) is counted up to one layer's input gradient too
 dear. With DoRA it is -10 % at 64 tokens a step, and shrinks with their number; so does what DeBERTa spends on its table
 of relative positions, which is per sequence and left out. What checkpointing runs again is exact for Llama, Mistral,

@@ -15,11 +15,13 @@ The two efficiencies are assumptions of ours, and so is `HOST_STEP`. A calibrati
 one measured run and this formula at the same setting multiplies everything that the device does itself, links and host
 apart. So ratios between plans come from the formula, and seconds from the run.
 
-Measured (benchmarks/planner.py: one CPU thread, fp32, stage 2, one rank; Llamas of 12 x 384 and 6 x 512; calibrated on full tuning):
-ratios of ten other plans to it, off by @@. Of single products, those of a backward pass take 0.86 to 1.08
-times as long as a forward one of equal FLOPs. Without DeepSpeed a backward pass takes 1.9 times a forward one, within it 2.3 times; the
-difference, 4 to 5 ns an element, is what the formula's way through the bucket takes. LoRA's adapters of rank 8 make a forward pass 1.2 to 1.3 times as long, though they add 3 % of
-FLOPs: their traffic. The optimizer's share is 7 % and the formula's 9 %. On accelerators nothing was measured.
+Measured (benchmarks/planner.py: one CPU thread, fp32, stage 2, one rank; Llamas of 12 x 384 and 6 x 512; calibrated on full
+tuning): step times of ten other plans over full tuning's are off by -4.6 to +3.9 %, and by -7.7 and -5.3 % for LoRA, whose
+thin products are slower than their bytes. Why the formula is this one: of single products, those of a backward pass take
+0.86 to 1.08 times as long as a forward one of equal FLOPs; without DeepSpeed a backward pass takes 1.9 times a forward
+one, within it 2.1 to 2.3 times, and the difference, 4 to 5 ns an element, is what the formula's way through the bucket
+takes; adapters of rank 8 make a forward pass 1.2 times as long, though they add 3 % of FLOPs. The optimizer's share of
+full tuning is 7 %, and the formula's 9 %. bf16, several ranks, other stages and accelerators: not measured.
 
 Left out: kernel launches (small models on accelerators are slower than this), stragglers, evaluation, data loading, padding;
 DoRA's norms and scaling.
@@ -81,7 +83,8 @@ def seconds(
     scale: float = 1.0,
 ) -> Seconds:
     """The formula above; `scale` is a calibration's factor."""
-    peak, bandwidth = EFFICIENCY * device.flops(dtype_bytes), BANDWIDTH * device.memory_bandwidth
+    part = 1 / device.sharers(world_size)
+    peak, bandwidth = part * EFFICIENCY * device.flops(dtype_bytes), part * BANDWIDTH * device.memory_bandwidth
     products = scale * (work.forward_flops + work.backward_flops) / peak
     memory = scale * work.pass_bytes / bandwidth
     stepped = (

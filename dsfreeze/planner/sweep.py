@@ -53,9 +53,7 @@ class Ground:
         """Bytes of each of so many devices; the ranks of a CPU share its memory."""
         if self.budget:
             return self.budget
-        if self.device.name == "cpu":
-            return self.device.memory // min(gpus, self.device.per_node)
-        return self.device.memory - RESERVED
+        return self.device.memory // self.device.sharers(gpus) - (0 if self.device.shared else RESERVED)
 
     def cost(self, plan: FreezePlan, workload: Workload | None = None) -> PlanCost:
         return PlanCost(
