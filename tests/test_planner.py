@@ -123,6 +123,7 @@ class TestSweep:
 
 
 class TestFit:
+    @pytest.mark.slow
     def test_against_exhaustive_search(self):
         """Oracle: every number of layers, every way, tried one by one."""
         ground = ground_of("smollm2-135m", budget=GIB)
@@ -138,6 +139,7 @@ class TestFit:
         chosen = fit.choices()[0]
         assert (chosen.trained, chosen.offload) == (30, False)
 
+    @pytest.mark.slow
     def test_a_smaller_budget_never_trains_more(self):
         counts = [Fit(ground_of("smollm2-135m", budget=b * GIB // 4), 1).most_layers() for b in (8, 4, 3, 2)]
         assert counts == sorted(counts, reverse=True)

@@ -222,6 +222,7 @@ def test_the_hubs_own_files_are_read_as_the_shipped_shapes(raw: dict, name: str,
     assert len(tasks) == (2 if name == "bert-base" else 3)
 
 
+@pytest.mark.slow
 def test_an_added_model_is_planned_and_listed_without_torch(tmp_path: Path, cache: Path, capsys) -> None:
     """Oracle: sys.modules of a fresh process; the number of parameters by hand."""
     numel = 2 * 64 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32
@@ -237,6 +238,7 @@ def test_an_added_model_is_planned_and_listed_without_torch(tmp_path: Path, cach
     assert row["source"] == str((tmp_path / "mine" / "config.json").resolve())
 
 
+@pytest.mark.slow
 def test_adding_again_replaces_and_leaves_one_file(tmp_path: Path, cache: Path, capsys) -> None:
     file = write_config(tmp_path, TINY)
     for layers in (2, 3):
@@ -244,7 +246,8 @@ def test_adding_again_replaces_and_leaves_one_file(tmp_path: Path, cache: Path, 
         assert run(["models", "--add", str(file), "--name", "other"]) == 0
         said = f"added other: {shapes.list_models()[-1].parameters:,} parameters, {layers} layers"
         assert said in capsys.readouterr().err
-    assert [path.name for path in (cache / "anatomies").iterdir()] == ["other.json"]
+    files = {path.relative_to(cache / "anatomies").as_posix() for path in (cache / "anatomies").rglob("*.json")}
+    assert files == {"other.json", "activations/other.json"}
     with pytest.raises(UserError, match="'other' is a shape that you added to plan with"):
         locate("other")
 
