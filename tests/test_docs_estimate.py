@@ -123,7 +123,7 @@ def test_the_worked_example_by_hand():
     flops = found["FLOPs forward"] + found["FLOPs backward"] + found["FLOPs recomputed"]
     assert found["products"] == pytest.approx(tokens * flops / (0.5 * 989.5e12))
     busy = cost_of().activations.busy(1, 4096)
-    moved = 2 * sum(busy) + 3 * sum(busy[17:]) + 2 * sum(busy[17:-1]) 
+    moved = 2 * sum(busy) + 3 * sum(busy[17:]) + 2 * sum(busy[17:-1])
     moved += 2 * (total - head + 3 * trained) + 10 * 2 * trained  # recomputing reads what is above the cut once more
     assert found["memory"] == pytest.approx(moved / (0.8 * 4.8e12))
     assert found["optimizer"] == pytest.approx(52 * trained / ranks / (0.8 * 4.8e12))
