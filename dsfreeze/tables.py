@@ -116,6 +116,12 @@ def models_table(rows: Iterable[Any]) -> Table:
     return table
 
 
+def _predicted_row(*summaries: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """The planner's word on both peaks, where it has one."""
+    peaks = [(summary.get("predicted") or {}).get("peak") for summary in summaries]
+    return [("peak memory, predicted", gib, *peaks)] if all(peaks) else []
+
+
 def comparison_table(frozen: Mapping[str, Any], full: Mapping[str, Any]) -> Table:
     """The quickstart's end: what freezing saved, measured beside full tuning in one run."""
     table = Table(
@@ -130,6 +136,7 @@ def comparison_table(frozen: Mapping[str, Any], full: Mapping[str, Any]) -> Tabl
         ("trainable parameters", million, frozen["trainable"], full["trainable"]),
         ("optimizer state", gib, *(s["memory"]["optimizer_state"] for s in (frozen, full))),
         ("peak memory", gib, *(s["memory"]["peak"] for s in (frozen, full))),
+        *_predicted_row(frozen, full),
         ("seconds per step", "{:.3f}".format, frozen["seconds_per_step"], full["seconds_per_step"]),
         ("FLOPs per token (formula)", "{:.0%}".format, frozen["flops_vs_full"], full["flops_vs_full"]),
     ]

@@ -45,3 +45,15 @@ def test_a_moving_run_tells_what_switching_and_deciding_took():
     told = " ".join(text.replace("│", " ").split())
     assert "7 in 0.25 s; 1.00 GiB of state waits" in told
     assert "2 decisions in 1.50 s, peak memory 4.00 GiB until the last (2.00 GiB after it), 3.00 GiB of copies" in told
+
+
+def test_a_predicted_peak_stands_beside_the_measured_one():
+    """Oracle: the summaries' own bytes; a run without a prediction has no such line."""
+    told = [
+        summary(predicted={"peak": size, "peak_error": 0.02, "masters": 0, "optimizer_state": 0})
+        for size in (2**30, 2**31)
+    ]
+    line = next(line for line in shown(comparison_table(*told)).splitlines() if "predicted" in line)
+    assert all(figure in line for figure in ("1.00 GiB", "2.00 GiB", "0.50"))
+    assert "predicted" not in shown(comparison_table(summary(), told[0]))
+    assert "predicted 1.00 GiB (+2 %)" in shown(summary_table(told[0]))
