@@ -2,7 +2,7 @@
 
     products       FLOPs / (0.5 peak), a backward one's as a forward one's
     memory         bytes / (0.8 bandwidth), added to the products, since kernels run one after another:
-                   weights b P a forward, b P_above a backward; b P_t gradients written, and `REDUCED` b P_t through the bucket (copied
+                   weights b P a forward, b P_above a backward and a recomputation; b P_t gradients written, and `REDUCED` b P_t through the bucket (copied
                    in, flattened, divided, copied back, cut out, each a read and a write: DeepSpeed's `stage_1_and_2.py`);
                    of a layer's activations (all it could store) 2 x in a forward pass (written, read), 3 x in a backward one
                    (stored ones read, gradients written and read); of an adapter's sides `_adapter_bytes`, by operation
