@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -19,6 +19,7 @@ from dsfreeze.activations import ATTENTIONS, Activations, TaskActivations
 from dsfreeze.embedded import cache_folder
 from dsfreeze.engine import Memory
 from dsfreeze.estimate.price import PlanCost
+from dsfreeze.files import write_whole
 from dsfreeze.job import Job
 from dsfreeze.setting import setting_of, workload_of
 from dsfreeze.shapes import known_activations
@@ -36,13 +37,19 @@ def predict(
     """Predicted figures of a finished run, for its summary: bytes as `Memory` has them, the peak, and how far the measured one is from it.
 
     `shape`: sequences and positions of the fullest micro-batch; `start`, `end`: before the first step and after the last. Of a
-    model whose activations cannot be read there is a reason in place of figures.
+    model that cannot be priced there is a reason in place of figures.
     """
-    setting, work = setting_of(job.recipe, world_size), workload_of(job.recipe)
     try:
-        activations = _activations(job, setting.dtype_bytes)
-    except Exception as error:  # noqa: BLE001 (of a model of a kind never seen before: the run is over, and its export must not fail by this)
+        return _figures(job, world_size, num_steps, shape, start, end, on_cpu)
+    except Exception as error:  # noqa: BLE001 (of a model of a kind never seen before: the run is over, and neither its export nor the other ranks may suffer)
         return {"reason": str(error) or type(error).__name__}
+
+
+def _figures(
+    job: Job, world_size: int, num_steps: int, shape: tuple[int, int], start: Memory, end: Memory, on_cpu: bool
+) -> dict[str, Any]:
+    setting, work = setting_of(job.recipe, world_size), workload_of(job.recipe)
+    activations = _activations(job, setting.dtype_bytes)
     cost = PlanCost(
         job.anatomy, job.plan, activations, replace(work, micro_batch_size=shape[0]), dtype_bytes=setting.dtype_bytes,
         sequence_length=shape[1], num_steps=num_steps,
@@ -96,13 +103,8 @@ def _read_once(module: nn.Module, task: str, attention: str | None, dtype_bytes:
     found = read_activations(
         config, {"causal_lm" if task == "sft" else task: kind}, attentions=ways, widths=[dtype_bytes]
     )
-    aside = file.with_name(f".{key}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(found.to_json(), encoding="utf-8")
-        os.replace(aside, file)
-    except OSError:
-        aside.unlink(missing_ok=True)  # a cache that cannot be written is read anew the next time
+    with suppress(OSError):  # where the cache cannot be written the next run reads anew
+        write_whole(file, found.to_json())
     return found
 
 

@@ -20,6 +20,7 @@ from dsfreeze.activations import Activations
 from dsfreeze.anatomy import SHIPPED, Anatomy, load_shipped, shipped
 from dsfreeze.embedded import EMBEDDED, available, cache_folder
 from dsfreeze.errors import UserError
+from dsfreeze.files import write_whole
 
 #: What a name may be made of: it becomes a file's name, and a value on the command line.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -212,23 +213,14 @@ def require_free_name(name: str) -> None:
 def add(name: str, source: str, tasks: Mapping[str, Anatomy], activations: Activations | None = None) -> Path:
     """Write the task models' anatomies, and what their passes store, under `name`; replaces an earlier one of that name."""
     require_free_name(name)
-    path = added_folder() / f"{name}.json"
+    path, beside = added_folder() / f"{name}.json", added_folder() / "activations" / f"{name}.json"
     content = {"source": source, "tasks": {task: json.loads(anatomy.to_json()) for task, anatomy in tasks.items()}}
-    if activations is not None:
-        _write_whole(added_folder() / "activations" / f"{name}.json", activations.to_json())
-    return _write_whole(path, json.dumps(content, indent=1))
-
-
-def _write_whole(path: Path, text: str) -> Path:
-    """Write a file whole or not at all."""
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        beside.unlink(missing_ok=True)  # an earlier model's would not fit this one
+        write_whole(path, json.dumps(content, indent=1) + "\n")
+        if activations is not None:
+            write_whole(beside, activations.to_json() + "\n")
     except OSError as error:
-        if aside.exists():
-            aside.unlink()
         raise UserError(
             f"{path} cannot be written: {error}. Free disk space there, or set DSFREEZE_CACHE to a folder with room."
         ) from error

@@ -90,3 +90,11 @@ def test_the_loop_says_it(tmp_path, monkeypatch):
     console = Console(record=True, width=200)
     train(tiny_recipe(tmp_path), console)
     assert "the measured peak" in console.export_text()
+
+
+def test_whatever_goes_wrong_in_pricing_a_run_ends_well(tmp_path, monkeypatch):
+    """Oracle: pricing that raises whatever it is called with: a reason in the summary, and the model exported."""
+    monkeypatch.setattr(prediction, "PlanCost", lambda *_, **__: next(iter(())))
+    summary = train(tiny_recipe(tmp_path))
+    assert summary["predicted"] == {"reason": "StopIteration"}
+    assert (tmp_path / "run" / "model" / "config.json").is_file()

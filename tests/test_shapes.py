@@ -379,3 +379,14 @@ def test_nothing_beside_the_config_runs(tmp_path: Path, cache: Path) -> None:
     (file.parent / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
     assert "causal_lm" in read_config_anatomies(file.parent, "mine")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_profile_does_not_outlive_its_model(tmp_path: Path, cache: Path) -> None:
+    """Oracle: the files; a model added again under a name, and whose passes cannot be read, has no profile of the former one."""
+    from dsfreeze.activations import Activations
+
+    anatomy = {"causal_lm": load_shipped("smollm2-135m")}
+    shapes.add("other", "first", anatomy, Activations((0,)))
+    assert shapes.known_activations("other") == Activations((0,))
+    shapes.add("other", "second", anatomy)
+    assert shapes.known_activations("other") is None

@@ -64,7 +64,7 @@ def words_of(
     add("train.gradient_checkpointing", None if checkpointing is None else str(checkpointing).lower())
     if model is not None and all("=" in word for word in given):
         keys = {word.partition("=")[0] for word in given}
-        large = (device or "h100") != "cpu"
+        large = (device or "h100").casefold() != "cpu"
         add("task", "causal_lm")
         add("train.per_device_train_batch_size", 1)
         add("train.bf16", str(large).lower())

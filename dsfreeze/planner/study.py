@@ -17,7 +17,6 @@ Left out: what the formulas leave out; more than data parallelism (no tensor, pi
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,6 +32,7 @@ from dsfreeze.errors import UserError, did_you_mean
 from dsfreeze.estimate.flops import prefix_flops
 from dsfreeze.estimate.price import PlanCost
 from dsfreeze.estimate.seconds import EFFICIENCY
+from dsfreeze.files import write_whole
 from dsfreeze.hardware import FIGURES, Device, find_device
 from dsfreeze.plan import FreezePlan
 from dsfreeze.planner.request import MOST_GPUS, parse_gpus
@@ -364,12 +364,8 @@ def _require_same(path: Path, text: str) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
+        write_whole(path, text)
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror}. Name another output_dir.") from None
 
