@@ -19,6 +19,9 @@ Strategy = Literal[
 #: What a file of scores looks like, for messages.
 SCORES_FORM = '{"scores": {"layers.0": 0.12, ...}}'
 
+#: Keys that decide how a plan is run, not what it trains: another value goes on with the same checkpoint.
+CACHE_KEYS = ("prefix_cache", "prefix_cache_dtype", "prefix_cache_dir", "evict_prefix")
+
 _BY_FRACTION = ("bottom", "top", "random", "middle", "ranked", "bitfit", "norms", "attention", "lora", "dora")
 _BY_NUMBER = (*_BY_FRACTION, "interval")
 _ROTATING = ("lisa", "badam", "hift", "owlore")
@@ -189,6 +192,18 @@ class FreezeOptions(Section):
     step_ranges: dict[str, Any] | None = None
     """step_ranges: when each pattern's tensors are frozen: N for the first N steps, [first, last] with both ends, last
     -1 to the end, -1 alone throughout, or a list of such pairs. What no pattern names trains."""
+    # -- the prefix: what lies below all that trains
+    prefix_cache: Literal["off", "memory", "disk", "auto"] = "off"
+    """Store the states that leave the frozen prefix, once for each example, and read them from the second epoch on (the prefix
+    runs without dropout in any case): in memory, gone with the run; on disk, shared between runs with the same prefix; auto
+    takes what pays and fits, and says why."""
+    prefix_cache_dtype: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
+    """How cached states are stored: auto as they are computed, so that nothing changes; int8 keeps a scale for each token, and
+    errs by up to 1/254 of the token's largest value."""
+    prefix_cache_dir: Path | None = None
+    """Where cached states lie on disk; None takes `prefix` in dsfreeze's cache folder."""
+    evict_prefix: bool = False
+    """Cache the states before the first step, layer by layer, and train without the prefix's weights in memory."""
     # -- adaptive: what trains next is decided from what the run measured
     track_steps: Annotated[int, Field(ge=1)] = 5
     """adt_h, adt_l: steps in which all layers train and are watched before some freeze."""
@@ -266,6 +281,8 @@ class FreezeOptions(Section):
         named = self.trainable or self.frozen or self.unfrozen_parameters or self.freeze_trainable_layers is not None
         if self.strategy == "patterns" and not named:
             raise ValueError("strategy 'patterns' needs freeze.trainable or freeze.frozen, a list of patterns")
+        if self.evict_prefix and self.prefix_cache == "off":
+            raise ValueError("evict_prefix trains on cached states alone, and prefix_cache is off; write memory, disk or auto")
         self._agree_on_moving()
         return self
 

@@ -16,6 +16,7 @@ from dsfreeze.engine.ranks import read_ranks
 from dsfreeze.errors import UserError
 from dsfreeze.export import export_model, require_writable
 from dsfreeze.job import Job
+from dsfreeze.recipe_freeze import CACHE_KEYS
 from dsfreeze.record import MODEL, SUMMARY, require_free
 
 
@@ -78,7 +79,7 @@ def _require_same_rule(job: Job, theirs: Mapping[str, Any]) -> None:
     """What an adaptive strategy has yet to decide is not in its plan: its options must be the same."""
     if job.plan.decide_at is None:
         return
-    ours = job.recipe.freeze.model_dump(mode="json")
+    ours = job.recipe.freeze.model_dump(mode="json", exclude=set(CACHE_KEYS))
     changed = [key for key, value in ours.items() if theirs.get(key) != value]
     if changed:
         key = changed[0]
