@@ -282,7 +282,9 @@ class FreezeOptions(Section):
         if self.strategy == "patterns" and not named:
             raise ValueError("strategy 'patterns' needs freeze.trainable or freeze.frozen, a list of patterns")
         if self.evict_prefix and self.prefix_cache == "off":
-            raise ValueError("evict_prefix trains on cached states alone, and prefix_cache is off; write memory, disk or auto")
+            raise ValueError(
+                "evict_prefix trains on cached states alone, and prefix_cache is off; write memory, disk or auto"
+            )
         self._agree_on_moving()
         return self
 
