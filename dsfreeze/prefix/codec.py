@@ -64,7 +64,7 @@ def _quantise(states: Tensor) -> tuple[Tensor, Tensor] | None:
     # a NaN or an infinity spreads to its token's scale; and 127 scales, the largest value read back, may not overflow
     if not _finite(scales * 127):
         return None
-    divisor = scales.where(scales > 0, 1.0)  # a row of zeros
+    divisor = scales.where(scales > 0, 1.0)  # a row of zeros: a NaN has no integer
     payload = values.div_(divisor[:, None]).round_().clamp_(-127, 127)
     return payload.to(torch.int8), scales
 

@@ -1,6 +1,6 @@
 """A shard: one safetensors file with the states of many examples, whole or absent, never trusted unchecked.
 
-    checksums  int64 (n,)      crc32 of each example's key, states and scales
+    checksums  int64 (n,)      crc32 of each example's states and scales
     keys       uint8 (n, 16)
     lengths    int32 (n,)      tokens of each example
     scales     fp32 (sum,)     int8 only
@@ -304,7 +304,7 @@ def _checked_layout(header: dict[str, Any], codec: Codec, width: int) -> dict[st
 
 def _raw(tensor: Tensor) -> memoryview:
     """A contiguous CPU tensor's memory; through bytes, as NumPy knows no bfloat16."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _fill(handle: int, memory: memoryview, offset: int) -> None:
@@ -317,7 +317,7 @@ def _fill(handle: int, memory: memoryview, offset: int) -> None:
 
 
 def _checksum(example: Example) -> int:
-    crc = zlib.crc32(_raw(example.payload), zlib.crc32(example.key))
+    crc = zlib.crc32(_raw(example.payload))
     return crc if example.scales is None else zlib.crc32(_raw(example.scales), crc)
 
 
