@@ -166,6 +166,16 @@ def test_what_overflows_is_refused_not_clipped(name, value, fits):
     assert (CODECS[name].encode(states) is not None) == fits
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_an_example_without_tokens_is_an_example(tmp_path, codec):
+    for store in (MemoryStore(WIDTH, CODECS[codec]), disk_store(tmp_path, codec)):
+        store.add(key_of(0), torch.empty(0, WIDTH))
+        store.flush()
+        assert store.read(key_of(0), torch.empty(0, WIDTH))
+        assert not store.read(key_of(0), torch.empty(1, WIDTH))
+        assert len(store) == 1
+
+
 def test_bytes_per_token():
     assert [codec.bytes_per_token(384) for codec in CODECS.values()] == [1536, 768, 768, 388]
 

