@@ -203,7 +203,7 @@ class DiskStore:
     def refresh(self) -> int:
         before = len(self)
         try:
-            # oldest first, so that of two copies the same one is read in each process that starts anew
+            # sorted, so that of two copies every process that starts anew reads the same one
             found = sorted(path for path in self.folder.glob("*.safetensors") if path.name not in self._seen)
         except OSError:
             found = []
@@ -281,7 +281,8 @@ class DiskStore:
 
     def _tell_damaged(self, path: Path, error: DamagedShard | OSError) -> None:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-        self.damaged.append(f"{path}: {reason}")
+        if (line := f"{path}: {reason}") not in self.damaged:  # a disk that refuses may do so again at every refresh
+            self.damaged.append(line)
         if self.may_write and isinstance(error, DamagedShard):
             with suppress(OSError):
                 path.unlink()
