@@ -265,7 +265,9 @@ class PrefixCache:
         for reason in level.store.damaged:
             self._tell(f"prefix cache: {reason}; its examples are computed again")
         if level.store.failure:
-            self._tell(f"prefix cache: {level.store.failure}; the run goes on, and stores no more")
+            self._tell(f"prefix cache: {level.store.failure}")
+        if level.store.refused:
+            self._tell("prefix cache: some states are too large for freeze.prefix_cache_dtype; their examples are computed every time")
 
     def _tell(self, sentence: str) -> None:
         if sentence not in self._told:
