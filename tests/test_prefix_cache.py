@@ -5,11 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-from tiny_runs import llama_folder, tiny_recipe
+from tiny_runs import tiny_recipe
 
-from dsfreeze.errors import UserError
-from dsfreeze.job import prepare_job
 from dsfreeze.loop import train
 from dsfreeze.record import read_record
 
@@ -42,7 +39,7 @@ def texts(folder, name, rows):
 
 def words(count, length, seed):
     draw = np.random.default_rng(seed)
-    return ["".join(draw.choice(list("abcdefgh "), length)) for _ in range(count)]
+    return ["".join(draw.choice(list("abcdefgh"), length)) for _ in range(count)]
 
 
 def rows_of(task, count, seed):
@@ -50,20 +47,21 @@ def rows_of(task, count, seed):
         return [{"text": text, "label": i % 3} for i, text in enumerate(words(count, 12, seed))]
     if task == "tokens":
         draw = np.random.default_rng(seed)
-        return [{"text": list(text), "label": draw.integers(0, 3, 8).tolist()} for text in words(count, 8, seed)]
+        return [{"text": list(text), "label": draw.integers(0, 3, 9).tolist()} for text in words(count, 9, seed)]
     if task == "causal_lm":
         return [{"text": "".join(words(1, 16 * count - 1, seed))}]
     return [{"prompt": text, "completion": text[::-1]} for text in words(count, 12, seed)]
 
 
 def fixed(folder, task):
-    """Data of a task whose batches all have one shape."""
+    """Data of a task whose batches all have one shape, of an even length: torch's attention on a CPU rounds rows of an odd one by
+    where they lie in memory."""
     labelled = task in ("classification", "tokens")
     return {
         "train": texts(folder, "fixed", rows_of(task, 24, 0)), "eval": texts(folder, "held-out", rows_of(task, 8, 1)),
         "text": None if task == "sft" else "text", "label": "label" if labelled else None,
         "num_labels": 3 if task == "classification" else None, "labels": ["x", "y", "z"] if task == "tokens" else None,
-        "max_length": 16 if task == "causal_lm" else 64,
+        "max_length": 16 if task in ("causal_lm", "tokens") else 64,
     }  # fmt: skip
 
 
@@ -102,3 +100,73 @@ def test_nothing_changes_beyond_rounding_under_padding(tmp_path, freeze, options
     assert found == pytest.approx(wanted, rel=1e-6)
     assert cached["prefix_cache"]["hits"] == 90
     assert cached["trainable"] == plain["trainable"]
+
+
+# -- cuts that move ------------------------------------------------------------------------------------------------
+
+
+def moving(**frozen):
+    """layers.0 and the embedding never train, layers.1 as told: steps in which it is frozen. An epoch has 12 steps."""
+    return {
+        "strategy": "step_ranges",
+        "fraction": None,
+        "step_ranges": {"embed": [0, -1], "layers.0": [0, -1], **frozen},
+    }
+
+
+@pytest.mark.parametrize("tier", ["memory", "disk"])
+def test_a_cut_that_moves_up_goes_on_from_the_stored_states(tmp_path, tier):
+    """layers.1 trains for two epochs and is frozen then, as it has become: an epoch extends the lower states, the next reads."""
+    changes = {"freeze": moving(**{"layers.1": [24, -1]}), "train": {"num_train_epochs": 4}}
+    (wanted, _), (found, summary) = run(tmp_path, "off", **changes), run(tmp_path, tier, **changes)
+    assert found == pytest.approx(wanted, rel=1e-6)
+    told = summary["prefix_cache"]
+    assert (told["cut"], told["hits"], told["extended"], told["examples"]) == (2, 90, 45, 180)
+
+
+@pytest.mark.parametrize("tier", ["memory", "disk"])
+def test_a_cut_that_moves_down_reads_what_is_stored_there(tmp_path, tier):
+    """Up and down again: layers.1 is frozen in the second epoch alone; the third reads the first one's states."""
+    changes = {"freeze": moving(**{"layers.1": [12, 23]})}
+    (wanted, _), (found, summary) = run(tmp_path, "off", **changes), run(tmp_path, tier, **changes)
+    assert found == pytest.approx(wanted, rel=1e-6)
+    told = summary["prefix_cache"]
+    assert (told["hits"], told["extended"], told["examples"]) == (45, 45, 135)
+
+
+def test_a_cut_that_moves_down_computes_where_nothing_is_stored(tmp_path):
+    changes = {"freeze": moving(**{"layers.1": 24}), "train": {"num_train_epochs": 4}}
+    (wanted, _), (found, summary) = run(tmp_path, "off", **changes), run(tmp_path, "memory", **changes)
+    assert found == pytest.approx(wanted, rel=1e-6)
+    told = summary["prefix_cache"]
+    assert (told["hits"], told["extended"]) == (90, 0), "the second epoch above layers.1, the fourth above layers.0"
+
+
+def test_states_of_weights_that_have_trained_since_are_never_read(tmp_path):
+    """layers.1 is frozen, trains, and is frozen again: its states of before are of other weights."""
+    changes = {
+        "freeze": moving(**{"layers.1": [[0, 11], [24, -1]]}),
+        "train": {"num_train_epochs": 3, "learning_rate": 1e-2},
+    }
+    (wanted, _), (found, summary) = run(tmp_path, "off", **changes), run(tmp_path, "memory", **changes)
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert summary["prefix_cache"]["hits"] == 0
+    stale, _ = run(
+        tmp_path,
+        "memory",
+        **{
+            **changes,
+            "freeze": moving(**{"layers.1": [[0, 11], [24, -1]]}),
+            "train": {**changes["train"], "learning_rate": 1e-3},
+        },
+    )
+    assert stale != pytest.approx(wanted, rel=1e-5), "the trained layer makes a difference that the test sees"
+
+
+@pytest.mark.parametrize("strategy", ["autofreeze", "gradual_unfreezing", "badam", "hift", "adt_l"])
+def test_methods_that_move_have_the_same_losses(tmp_path, strategy):
+    (wanted, _), (found, _) = (
+        run(tmp_path, tier, freeze={"strategy": strategy, "fraction": None, "switch_every": 6})
+        for tier in ("off", "memory")
+    )
+    assert found == pytest.approx(wanted, rel=1e-5)

@@ -23,13 +23,15 @@ from rich.console import Console
 from dsfreeze.anatomy import Layer
 from dsfreeze.data.examples import Batch
 from dsfreeze.engine import Engine
+from dsfreeze.engine.process import everyones
 from dsfreeze.engine.ranks import Ranks
+from dsfreeze.estimate.caching import Choice
 from dsfreeze.job import Job
 from dsfreeze.model_card import public_name
 from dsfreeze.plan import FreezePlan, Phase
 from dsfreeze.prefix.choice import Stretch, choose_tier, stored_as, stretch_of
 from dsfreeze.prefix.keys import layer_digest, manifest_of
-from dsfreeze.prefix.levels import Level, open_level
+from dsfreeze.prefix.levels import Level, open_level, stored_keys
 from dsfreeze.prefix.passage import Kept, Passage, Span, cut_of, require_passable
 from dsfreeze.prefix.rows import Rows
 
@@ -120,36 +122,41 @@ class PrefixCache:
 
     def _open(self, engine: Engine, stretch: Stretch) -> None:
         choice = choose_tier(self.job, self.ranks, stretch, self.steps_per_epoch, self._tokens())
-        tier, reason = choice.tier, choice.reason
-        if tier == "off":
-            self._tell(f"prefix cache: {reason}")
-            if self.tier == "off":
-                self.reason = reason
-            return
+        if self.options.prefix_cache == "auto" and stretch.cut and self._lies_on_disk(engine, stretch):
+            choice = Choice("disk", "disk: another run has stored the states of these examples")
+        if choice.tier != "off":
+            self._open_level(engine, stretch, choice)
+        if choice.tier != "off" or self.tier == "off":
+            self.tier, self.reason = choice.tier, choice.reason
+        self._tell(f"prefix cache: {choice.reason}")
+
+    def _open_level(self, engine: Engine, stretch: Stretch, choice: Choice) -> None:
         digests = self._digests_of(engine, stretch.layers)
         if any(level.digests == digests for level in self._levels):
             return
         self._require_passable(engine, stretch.cut)
-        level = self._level(tier, stretch.cut, digests, engine.device)
+        manifest, width = self._manifest(stretch.cut, digests, engine.device), self.job.anatomy.hidden_size
+        folder = self.options.prefix_cache_dir
+        level = open_level(choice.tier, stretch.cut, digests, manifest, width, self.ranks, folder)
         self._levels.append(level)
-        self.tier, self.reason = tier, reason
-        self._tell(
-            f"prefix cache: {reason}; {len(level.store):,} examples are there already"
-            if len(level.store)
-            else f"prefix cache: {reason}"
-        )
         for note in level.notes:
             self._tell(f"prefix cache: {note}")
 
-    def _level(self, tier: str, cut: int, digests: tuple[str, ...], device: torch.device) -> Level:
+    def _lies_on_disk(self, engine: Engine, stretch: Stretch) -> bool:
+        """Whether every rank finds all training examples in a folder (collective)."""
+        manifest = self._manifest(stretch.cut, self._digests_of(engine, stretch.layers), engine.device)
+        stored = stored_keys(manifest, self.job.anatomy.hidden_size, self.options.prefix_cache_dir)
+        rows = self.train
+        found = bool(stored) and rows is not None and all(rows.key(i) in stored for i in range(len(rows.examples)))
+        return set(everyones(str(found))) == {"True"}
+
+    def _manifest(self, cut: int, digests: tuple[str, ...], device: torch.device) -> dict[str, Any]:
         config, recipe = self.job.module.config, self.job.recipe
-        manifest = manifest_of(
+        return manifest_of(
             model=public_name(recipe.model.name), config=config, cut=cut, layers=digests,
-            attention=getattr(config, "_attn_implementation", None), dtype=self.dtype,
-            stored=stored_as(self.job), device=device.type, tokenizer=self.job.tokenizer, max_length=recipe.data.max_length,
+            attention=getattr(config, "_attn_implementation", None), dtype=self.dtype, stored=stored_as(self.job),
+            device=device.type, tokenizer=self.job.tokenizer, max_length=recipe.data.max_length,
         )  # fmt: skip
-        width = self.job.anatomy.hidden_size
-        return open_level(tier, cut, digests, manifest, width, self.ranks, self.options.prefix_cache_dir)
 
     def _digests_of(self, engine: Engine, layers: Sequence[Layer]) -> tuple[str, ...]:
         for layer in layers:
@@ -267,7 +274,9 @@ class PrefixCache:
         if level.store.failure:
             self._tell(f"prefix cache: {level.store.failure}")
         if level.store.refused:
-            self._tell("prefix cache: some states are too large for freeze.prefix_cache_dtype; their examples are computed every time")
+            self._tell(
+                "prefix cache: some states are too large for freeze.prefix_cache_dtype; their examples are computed every time"
+            )
 
     def _tell(self, sentence: str) -> None:
         if sentence not in self._told:
@@ -278,13 +287,16 @@ class PrefixCache:
         """What the cache did, of all ranks (collective); None where none was asked for."""
         if not self.wanted:
             return None
-        found = [self.trained.hits, self.trained.total, self.evaluated.hits, self.evaluated.total]
-        hits, total, eval_hits, eval_total = (int(n) for n in engine.sum([float(n) for n in found]))
+        counts = {
+            "hits": self.trained.hits, "extended": self.trained.extended, "examples": self.trained.total,
+            "evaluation_hits": self.evaluated.hits, "evaluation_examples": self.evaluated.total,
+        }  # fmt: skip
+        totals = engine.sum([float(number) for number in counts.values()])
         top = max(self._levels, key=lambda level: level.cut, default=None)
         return {
             "tier": self.tier, "reason": self.reason, "cut": top.cut if top else 0,
             "where": top.where if top else None,
-            "hits": hits, "examples": total, "evaluation_hits": eval_hits, "evaluation_examples": eval_total,
+            **{name: int(total) for name, total in zip(counts, totals, strict=True)},
             "bytes": sum(level.store.nbytes for level in self._levels),
             "seconds_per_cached_step": _median(self.times.cached),
             "seconds_per_computed_step": _median(self.times.computed),

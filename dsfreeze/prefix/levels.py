@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,14 @@ def open_level(
     if len(store) == 0:
         notes += [f"passed over: {sentence}" for sentence in others(root, manifest)]
     return Level(cut, digests, store, str(cache.path), notes, cache)
+
+
+def stored_keys(manifest: Mapping[str, Any], width: int, folder: Path | None) -> Container[bytes]:
+    """The examples whose states lie in the folder of this manifest, if there is one; nothing in it is touched."""
+    path = CacheFolder(disk_root(folder), manifest).path
+    if not path.is_dir():
+        return frozenset()
+    return DiskStore(path, width, CODECS[manifest["stored"]], "looking", may_write=False)
 
 
 def disk_root(folder: Path | None) -> Path:
