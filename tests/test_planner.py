@@ -114,7 +114,7 @@ class TestSweep:
     def test_plain_values(self, ground):
         plans, _ = plans_of(ground.anatomy, {"full": {"strategy": "full"}}, None)
         rows = sweep(ground, plans, (2,), (1,))
-        (entry,) = json.loads(json.dumps(rows_as_dicts(rows)))
+        (entry,) = json.loads(json.dumps(rows_as_dicts(ground, rows)))
         at = rows[0].cells[0]
         assert entry["peak_bytes"] == max(entry["peaks"].values()) == at.price.peaks.most
         assert entry["seconds_per_step"] == pytest.approx(sum(entry["seconds"].values()))
