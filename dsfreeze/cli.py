@@ -188,7 +188,9 @@ def plan(
     batch: Annotated[int | None, typer.Option(help="Sequences of a micro-batch.", min=1)] = None,
     global_batch: Annotated[int | None, typer.Option(help="Sequences of a step, all devices together.", min=1)] = None,
     checkpointing: Annotated[bool | None, typer.Option(help="Recompute activations.")] = None,
-    prefix_cache: Annotated[bool, typer.Option("--prefix-cache", help="Read the frozen prefix from a cache.")] = False,
+    prefix_cache: Annotated[
+        bool, typer.Option("--prefix-cache", help="Read the frozen prefix from a cache, and say when that pays.")
+    ] = False,
     fit: Annotated[str | None, typer.Option(help="What fits these bytes a device and trains fastest: 80GiB.")] = None,
     calibrate: Annotated[Path | None, typer.Option(help="A measured run's folder: seconds as it had them.")] = None,
     study: Annotated[Path | None, typer.Option(help="A scaling study, as YAML: writes its record.")] = None,

@@ -9,7 +9,7 @@ from typing import Any
 
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.estimate import as_trained
-from dsfreeze.estimate.caching import TIERS, CacheCost, Tier, bytes_a_token, cache_cost, cached_layers
+from dsfreeze.estimate.caching import TIERS, CacheCost, Tier, bytes_a_token, cache_cost, cached_layers, epochs
 from dsfreeze.hardware import Device, find_device
 from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import Recipe
@@ -27,7 +27,7 @@ def visits_of(recipe: Recipe) -> float | None:
 
 def cache_of(
     anatomy: Anatomy, plan: FreezePlan, *, storage: str, dtype_bytes: int, sequence_length: int, device: Device, ranks: int,
-    visits: float | None = None,
+    visits: float | None = None, scale: float = 1.0,
 ) -> CacheCost | None:  # fmt: skip
     """The cache of a million tokens under a plan; None where no layer is frozen below all that trains, or nobody knows yet."""
     adapted = as_trained(anatomy, plan)
@@ -37,6 +37,7 @@ def cache_of(
         adapted, plan.ever_trained, train_tokens=MILLION, sequence_length=sequence_length,
         token_bytes=bytes_a_token(anatomy.hidden_size, storage, dtype_bytes), device=device,
         sharers=min(ranks, device.per_node), visits=inf if visits is None else visits, dtype_bytes=dtype_bytes,
+        scale=scale,
     )  # fmt: skip
 
 
@@ -71,17 +72,15 @@ def cache_as_dict(cost: CacheCost, device: Device) -> dict[str, Any]:
 def cache_line(cost: CacheCost, device: Device, chosen: str) -> str:
     """One plan's cache in three lines, as the picture's other figures; `chosen` is the recipe's freeze.prefix_cache."""
     disk, memory = (cost.token_bytes / cost.read_seconds(tier) / 1e9 for tier in reversed(TIERS))
-    pays = (
-        f"no example comes twice in {cost.visits:.3g} epoch{'s' * (cost.visits != 1)}"
-        if cost.visits <= 1
-        else f"pays {_when(cost)}"
-    )
-    now = "off here: freeze.prefix_cache=auto" if chosen == "off" else f"here freeze.prefix_cache is {chosen}"
+    found = {tier: epoch for tier, epoch in _break_even(cost).items() if epoch}
+    twice = cost.visits > 1
+    pays = f"pays {_when(found)}" if twice else f"no example comes twice in {epochs(cost.visits)}"
+    advice = "; off here: freeze.prefix_cache=auto" if found and twice else ""
     blank = " " * 17
     return (
         f"prefix cache     {gib(cost.token_bytes)} a token of {_layers(cost)}, {gib(cost.size)} a million tokens\n"
         f"{blank}reading pays above {_speed(cost.needed_bandwidth)} ({device.name}: disk {disk:.3g}, memory {memory:.3g} GB/s)\n"
-        f"{blank}{pays}; {now}"
+        f"{blank}{pays}{advice if chosen == 'off' else f'; here: {chosen}'}"
     )
 
 
@@ -96,18 +95,21 @@ def cache_caption(caches: Mapping[str, CacheCost], device: Device, ranks: int, t
     shared = f" ({sharing} share the disk)" if sharing > 1 else ""
     yield (
         f"Prefix cache: {gib(one.token_bytes)} a token, {gib(one.size)} a million tokens. A device reads {speeds}{shared}; the "
-        f"seconds above are with {tier}. Reading beats recomputing"
+        f"seconds above are with {tier}. Reading beats recomputing:"
     )
     for label, cost in caches.items():
-        yield f"  {label}: above {_speed(cost.needed_bandwidth)}; pays {_when(cost)}"
+        yield f"  {label}: above {_speed(cost.needed_bandwidth)}; pays {_when(_break_even(cost))}"
 
 
-def _when(cost: CacheCost) -> str:
-    epochs = {tier: cost.break_even(tier) for tier in TIERS}
-    first, *others = set(epochs.values())
-    if not others:
-        return _epoch(first)
-    return ", ".join(f"{_WHERE[tier]} {_epoch(epoch)}" for tier, epoch in epochs.items())
+def _break_even(cost: CacheCost) -> dict[Tier, int | None]:
+    return {tier: cost.break_even(tier) for tier in TIERS}
+
+
+def _when(found: Mapping[Tier, int | None]) -> str:
+    """Break-even epochs in words: once where every tier has the same, else by tier; never where there is none."""
+    if len(found) in (0, len(TIERS)) and len(set(found.values())) <= 1:
+        return _epoch(next(iter(found.values()), None))
+    return ", ".join(f"{_WHERE[tier]} {_epoch(epoch)}" for tier, epoch in found.items())
 
 
 def _epoch(epoch: int | None) -> str:

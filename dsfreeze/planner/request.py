@@ -130,7 +130,7 @@ class Planner:
             label: cache_of(
                 ground.anatomy, plan, storage=work.prefix_cache_dtype, dtype_bytes=ground.dtype_bytes,
                 sequence_length=ground.sequence_length, device=ground.device, ranks=max(self.gpus),
-                visits=visits_of(self.recipe),
+                visits=visits_of(self.recipe), scale=ground.scale,
             )
             for label, plan in plans.items()
             if work.prefix_cache
