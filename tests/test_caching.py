@@ -10,6 +10,7 @@ import anatomies
 import pytest
 
 from dsfreeze.errors import UserError
+from dsfreeze.estimate.buffers import buffers
 from dsfreeze.estimate.caching import (
     CacheCost,
     bytes_a_token,
@@ -315,3 +316,26 @@ class TestGathering:
         assert (kept.persistent, evicted.persistent) == (17 * D, 7 * D)
         assert kept.total - evicted.total == 5 * LAYER + VOCAB * D
         assert kept.gathered_forward == evicted.gathered_forward
+
+    def test_the_copy_of_a_gather_is_of_what_is_gathered(self):
+        """Oracle: prefetch and the largest tensor: an embedding of 1000 x 16, where it is cached a layer's 4 D^2, tied it is the head."""
+        limits = replace(BARE, prefetch=10)
+        for anatomy, largest in (
+            (anatomies.llama(depth=8, d=D, vocab=VOCAB, labels=3), 4 * D * D),
+            (anatomies.llama(depth=8, d=D, vocab=VOCAB, tied=True), VOCAB * D),
+        ):
+            chosen = trained(anatomy, count=4)
+            plain, cached = (
+                buffers(
+                    anatomy,
+                    chosen,
+                    elements(anatomy, chosen, limits, cached=on),
+                    stage=3,
+                    world_size=2,
+                    limits=limits,
+                    cached=on,
+                ).gather_copy
+                for on in (False, True)
+            )
+            assert plain == 4 * (10 + VOCAB * D)
+            assert cached == 4 * (10 + largest)

@@ -13,13 +13,16 @@ from test_core_imports import heavy_after
 from dsfreeze.cli import run
 from dsfreeze.errors import UserError
 from dsfreeze.hardware import find_device
+from dsfreeze.planner.caching import cache_of
 from dsfreeze.planner.calibration import calibrate
 from dsfreeze.planner.fit import WAYS, Fit
 from dsfreeze.planner.request import Request, make_planner, parse_budget, parse_gpus, words_of
 from dsfreeze.planner.sweep import RESERVED, STRATEGIES, Ground, advice, cell, plans_of, rows_as_dicts, sweep
+from dsfreeze.recipe import FreezeOptions
 from dsfreeze.recipe_reader import load_recipe
 from dsfreeze.setting import Workload, workload_of
 from dsfreeze.shapes import SHAPES, known_activations, known_anatomy
+from dsfreeze.strategies import make_plan
 
 GIB = 2**30
 
@@ -309,7 +312,7 @@ class TestPrefixCache:
         (["freeze.prefix_cache=disk"], "pays from epoch 2; here: disk"),
         (["train.num_train_epochs=1"], "no example comes twice in 1 epoch"),
         (["train.num_train_epochs=0.5", "freeze.prefix_cache=auto"], "no example comes twice in 0.5 epochs; here: auto"),
-        (["train.max_steps=5"], "pays from epoch 2; off here: freeze.prefix_cache=auto"),
+        (["train.max_steps=5", "train.num_train_epochs=1"], "pays from epoch 2; off here: freeze.prefix_cache=auto"),
     ])  # fmt: skip
     def test_what_the_recipe_has(self, capsys, monkeypatch, words, end):
         assert self.lines(capsys, monkeypatch, *words)[-1].strip() == end
@@ -319,8 +322,15 @@ class TestPrefixCache:
         [["freeze.strategy=full"], ["freeze.strategy=lora"], ["freeze.strategy=smartfrz", "train.max_steps=500"]],
     )
     def test_where_nothing_lies_below_nothing_is_said(self, capsys, words):
-        """A plan that decides later what trains is not told about either."""
         assert self.json(capsys, *words)["prefix_cache"] is None
+
+    def test_of_a_plan_that_decides_later_nothing_is_said(self):
+        """Oracle: the same plan with all of it known has a cache."""
+        ground = ground_of("smollm2-135m")
+        plan = make_plan(ground.anatomy, FreezeOptions(fraction=0.5), 80)
+        values = {"storage": "auto", "dtype_bytes": 2, "sequence_length": 512, "device": ground.device, "ranks": 1}
+        assert cache_of(ground.anatomy, plan, **values).layers == 15
+        assert cache_of(ground.anatomy, replace(plan, decide_at=40), **values) is None
 
     def test_the_tables_caption(self, capsys, monkeypatch):
         """Oracle: the same figures, those of int8 (580 bytes), and a line for each plan with a prefix, none too long."""
