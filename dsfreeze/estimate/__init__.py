@@ -70,21 +70,15 @@ def estimate(
     forward, backward = _mean_flops(adapted, plan if phase is None else _only(plan, phase), sequence_length, num_steps)
     return Estimate(
         **held_bytes(
-            adapted,
-            plan,
-            stage=stage,
-            world_size=world_size,
-            dtype_bytes=dtype_bytes,
-            offload=offload,
-            phase=phase,
+            adapted, plan, stage=stage, world_size=world_size, dtype_bytes=dtype_bytes, offload=offload, phase=phase,
             evict_prefix=evict_prefix,
-        ),  # fmt: skip
+        ),
         total=adapted.numel,
         forward_flops=forward,
         backward_flops=backward,
         full_forward_flops=full_forward,
         full_backward_flops=full_backward,
-    )
+    )  # fmt: skip
 
 
 def held_bytes(

@@ -96,12 +96,13 @@ class CacheCost:
 
 def cache_cost(
     anatomy: Anatomy, trainable: Iterable[str], *, train_tokens: int, eval_tokens: int = 0, sequence_length: int, token_bytes: int,
-    device: Device, sharers: int = 1, visits: float, dtype_bytes: int = 4,
+    device: Device, sharers: int = 1, visits: float, dtype_bytes: int = 4, scale: float = 1.0,
 ) -> CacheCost:  # fmt: skip
     """Price a cache of what lies below `trainable` (one phase's, with the anatomy as it trains).
 
     `sequence_length` is the mean of the data, in positions; `token_bytes` as stored (`bytes_a_token`); `sharers` the ranks of a
-    node, which share its storage; `dtype_bytes` (2 or 4) those of the weights that recomputing would multiply.
+    node, which share its storage; `dtype_bytes` (2 or 4) those of the weights that recomputing would multiply; `scale` a calibration's
+    factor, of recomputing alone.
     """
     chosen = frozenset(trainable)
     share = device.sharers(sharers)
@@ -113,7 +114,7 @@ def cache_cost(
         eval_tokens=eval_tokens,
         token_bytes=token_bytes,
         visits=visits,
-        recompute_seconds=spared * share / (EFFICIENCY * device.flops(dtype_bytes)),
+        recompute_seconds=scale * spared * share / (EFFICIENCY * device.flops(dtype_bytes)),
         memory_seconds=reading_seconds(device, token_bytes, sharers, in_memory=True),
         disk_seconds=reading_seconds(device, token_bytes, sharers),
     )
@@ -154,7 +155,7 @@ def choose(cost: CacheCost, *, free_memory: int, free_disk: int) -> Choice:
     if not cost.layers:
         return Choice("off", "off: no transformer layer lies below all that trains, so there is no state to store")
     if cost.visits <= 1:
-        return Choice("off", f"off: no example comes a second time in {cost.visits:.3g} epochs")
+        return Choice("off", f"off: no example comes a second time in {epochs(cost.visits)}")
     against = []
     for tier in TIERS:
         reason = _against(cost, tier, free_memory if tier == "memory" else free_disk)
@@ -165,8 +166,8 @@ def choose(cost: CacheCost, *, free_memory: int, free_disk: int) -> Choice:
 
 
 def asked_for(tier: Tier, cost: CacheCost) -> Choice:
-    """The tier that a recipe names, with the same sentence."""
-    return Choice(tier, f"{tier}: {_states(cost)}, {_times(cost)} read or computed")
+    """The tier that a recipe names, in a sentence like `choose`'s."""
+    return Choice(tier, f"{tier}: {_states(cost)}, visited {_times(cost)}")
 
 
 def require_room(tier: str, cost: CacheCost, *, free_memory: int, free_disk: int) -> None:
@@ -225,6 +226,10 @@ def _times(cost: CacheCost) -> str:
 
 def _pays(cost: CacheCost, tier: Tier) -> str:
     return f"pays from epoch {cost.break_even(tier)}"
+
+
+def epochs(visits: float) -> str:
+    return f"{visits:.3g} epoch{'' if visits == 1 else 's'}"
 
 
 def _micro(seconds: float) -> str:

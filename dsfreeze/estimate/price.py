@@ -98,6 +98,7 @@ class PlanCost:
         self, anatomy: Anatomy, plan: FreezePlan, activations: TaskActivations, work: Workload,
         *, dtype_bytes: int = 2, sequence_length: int = 512, num_steps: int | None = None,
     ) -> None:  # fmt: skip
+        assert work.prefix_cache or not work.evict_prefix, "what is evicted is read from a cache"
         self.anatomy, self.plan, self.activations, self.work = as_trained(anatomy, plan), plan, activations, work
         self.dtype_bytes, self.length, self.num_steps = dtype_bytes, sequence_length, num_steps
         self.phases = tuple(_PhaseCost(self, phase) for phase in self._fullest())
