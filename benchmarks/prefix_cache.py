@@ -150,7 +150,9 @@ def main() -> None:
         pairs = {name: f"{name}_memory" for name in ("bottom50", "bottom75")}
         same = {name: methods[name].losses == methods[cached].losses for name, cached in pairs.items()}  # type: ignore[union-attr]
         result = {name: figures(name, rounds, method) for name, method in methods.items()}
-        against = [name for name in methods if "lora" in name and "memory" not in name or name.startswith("llamafactory")]
+        against = [
+            name for name in methods if ("lora" in name and "memory" not in name) or name.startswith("llamafactory")
+        ]
         best = {f"{cached}_over_{other}": spread([r[other] / r[cached] for r in rounds])
                 for cached in ("bottom50_memory", "bottom75_memory") for other in against}  # fmt: skip
         for method in methods.values():
