@@ -65,7 +65,7 @@ class Job:
         module = task_module(self.recipe, self.data, self.recipe.model)
         _add_adapters(module, self.plan, self.recipe)
         for parameter in module.parameters():  # as an engine takes it over
-            parameter.data = parameter.data.to(_dtype(self.recipe))
+            parameter.data = parameter.data.to(dtype_of(self.recipe))
         return module
 
 
@@ -81,11 +81,12 @@ def task_module(
 ) -> nn.Module:
     """A model with the head that the recipe's task needs; `kept` names what of it is read, None is everything."""
     return load_model(
-        model, recipe.task, data.num_labels, labels=data.labels, dtype=_dtype(recipe), seed=recipe.train.seed, kept=kept
+        model, recipe.task, data.num_labels, labels=data.labels, dtype=dtype_of(recipe), seed=recipe.train.seed, kept=kept
     )
 
 
-def _dtype(recipe: Recipe) -> torch.dtype:
+def dtype_of(recipe: Recipe) -> torch.dtype:
+    """Of weights and states."""
     return torch.bfloat16 if recipe.train.bf16 else torch.float32
 
 
@@ -119,7 +120,7 @@ def _prepare_evicted(recipe: Recipe, num_steps: int | None) -> Job:
 
     module = read({t.name for t in plain.tensors} - eviction.names)
     digest, layers = read_digests(
-        read, module, outline, plain, eviction, room=room_of(recipe, plan, plain), dtype=_dtype(recipe)
+        read, module, outline, plain, eviction, room=room_of(recipe, plan, plain), dtype=dtype_of(recipe)
     )
     base = Base(recipe.model.name, digest, plain.digest)
     _add_adapters(module, plan, recipe)

@@ -73,6 +73,7 @@ def empty(model: PreTrainedModel, kept: Collection[str], head: Collection[str]) 
         for leaf, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in stay:
                 module._parameters[leaf] = None
+                module.extra_repr = _told  # its own may ask for the weight's shape
     for module in lost:
         if not holds_any(module):
             module._buffers.update(dict.fromkeys(module._buffers))
@@ -80,6 +81,10 @@ def empty(model: PreTrainedModel, kept: Collection[str], head: Collection[str]) 
         if not (has_fresh or any(b is not None for b in module._buffers.values())):
             module._is_hf_initialized = True
     model.all_tied_weights_keys = {target: source for target, source in ties.items() if source in tied}
+
+
+def _told() -> str:
+    return "not held"
 
 
 def holds_any(module: nn.Module) -> bool:

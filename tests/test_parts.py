@@ -60,6 +60,7 @@ def test_a_part_is_the_whole_loads_in_every_bit(tmp_path: Path, name: str) -> No
     assert list(found) == list(wanted)
     assert all(torch.equal(found[n], p) for n, p in wanted.items())
     assert type(part) is type(whole)
+    assert "not held" in repr(part)
     assert part.has_fresh_head
     assert whole.has_fresh_head
     assert [n for n, _ in part.named_modules()] == [n for n, _ in whole.named_modules()]

@@ -5,7 +5,7 @@ there more of the model in memory than a group. What the store has already is no
 the examples it lacks (from the first layer on, for states between groups are not kept). In eval mode and in the model's own forward
 pass, which ends at the group's last layer: the states are those that the whole model's prefix gives for the same batches.
 
-Ranks share the examples by batches, each on its own device, and say nothing to each other: `everybody_has` is for afterwards.
+Ranks share the examples by batches, each on its own device, and say nothing to each other until the end (`prefill`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from dsfreeze.data import TaskData
 from dsfreeze.data.examples import Example, Examples
 from dsfreeze.engine.memory import freed_memory_given_back
 from dsfreeze.engine.process import together
+from dsfreeze.engine.ranks import read_ranks
 from dsfreeze.errors import UserError
+from dsfreeze.job import Job, dtype_of, room_of
 from dsfreeze.prefix.eviction import Load, groups_of, token_embedding
 from dsfreeze.prefix.keys import example_key
 from dsfreeze.prefix.passage import Passage, Span
@@ -117,6 +119,28 @@ class Filled:
     def __str__(self) -> str:
         rate = self.tokens / self.seconds if self.seconds else 0
         return f"{self.examples} examples, {self.tokens:,} tokens, {rate:,.0f} tokens/s"
+
+
+def prefill(
+    job: Job, store: States, *, shared: bool, scratch: Callable[[], States] = Shelf, watch: Watch[Any] = iter
+) -> Filled:
+    """Complete the store of a job whose prefix is evicted (collective); before its engine is built, for the device is empty then.
+
+    `shared`: whether ranks see what others add, and so compute a part each; without it every rank computes everything.
+    """
+    assert job.eviction is not None, "nothing is evicted"
+    recipe, ranks, cut = job.recipe, read_ranks(), job.eviction.cut
+    work = Work(
+        ranks.device,
+        dtype_of(recipe),
+        recipe.train.per_device_eval_batch_size,
+        room=room_of(recipe, job.plan, job.plain),
+        share=(ranks.rank, ranks.world_size) if shared else (0, 1),
+        scratch=scratch,
+    )
+    filled = together(lambda: fill(job.read_part, job.data, job.plain, cut, store, work, watch))
+    everybody_has(job.data, store)
+    return filled
 
 
 def fill(
