@@ -19,7 +19,7 @@ from dsfreeze.data import TaskData, num_steps_of, prepare
 from dsfreeze.engine.ranks import read_ranks
 from dsfreeze.model import add_adapters, base_hash, load_model, load_tokenizer, outline_of, read_anatomy
 from dsfreeze.plan import FreezePlan
-from dsfreeze.prefix.eviction import Eviction, evict, read_digests, without
+from dsfreeze.prefix.eviction import Eviction, evict, read_digests, refuse_early, without
 from dsfreeze.recipe import ModelOptions, Recipe
 from dsfreeze.setting import setting_of
 from dsfreeze.strategies import make_plan
@@ -81,7 +81,13 @@ def task_module(
 ) -> nn.Module:
     """A model with the head that the recipe's task needs; `kept` names what of it is read, None is everything."""
     return load_model(
-        model, recipe.task, data.num_labels, labels=data.labels, dtype=dtype_of(recipe), seed=recipe.train.seed, kept=kept
+        model,
+        recipe.task,
+        data.num_labels,
+        labels=data.labels,
+        dtype=dtype_of(recipe),
+        seed=recipe.train.seed,
+        kept=kept,
     )
 
 
@@ -108,12 +114,13 @@ def prepare_job(recipe: Recipe, num_steps: int | None = None, *, whole: bool = F
 
 def _prepare_evicted(recipe: Recipe, num_steps: int | None) -> Job:
     """The same without the prefix's weights, which are read once and given up again, for the base's hash."""
+    refuse_early(recipe)
     tokenizer = load_tokenizer(recipe.model)
     data = prepare(recipe, tokenizer)
     outline = outline_of(recipe.model, recipe.task, data.num_labels, labels=data.labels)
     plain = read_anatomy(outline, recipe.model.name)
     plan = _plan(recipe, data, plain, num_steps)
-    eviction = evict(recipe, data, outline, plain, plan)
+    eviction = evict(data, outline, plain, plan)
 
     def read(kept: Collection[str]) -> nn.Module:
         return task_module(recipe, data, recipe.model, kept=kept)
@@ -124,9 +131,7 @@ def _prepare_evicted(recipe: Recipe, num_steps: int | None) -> Job:
     )
     base = Base(recipe.model.name, digest, plain.digest)
     _add_adapters(module, plan, recipe)
-    return Job(
-        recipe, tokenizer, data, module, plan.adapted(plain), plan, base, plain, plan, eviction, tuple(layers)
-    )
+    return Job(recipe, tokenizer, data, module, plan.adapted(plain), plan, base, plain, plan, eviction, tuple(layers))
 
 
 def room_of(recipe: Recipe, plan: FreezePlan, plain: Anatomy) -> int:

@@ -64,9 +64,11 @@ def empty(model: PreTrainedModel, kept: Collection[str], head: Collection[str]) 
     What loses some is marked as initialised, so that no rule looks for the weights; unless it has some of a fresh head, or buffers
     of its own, to initialise."""
     named = dict(model.named_parameters(remove_duplicate=False))
-    ties = model.all_tied_weights_keys  # {name: name of what it is tied to}; before reading they are parameters of their own
+    ties = (
+        model.all_tied_weights_keys
+    )  # {name: name of what it is tied to}; before reading they are parameters of their own
     tied = {name for tie in ties.items() if not set(tie).isdisjoint(kept) for name in tie}
-    stay = {id(named[name]) for name in {*kept, *tied}}
+    stay = {id(named[name]) for name in {*kept, *tied} if name in named}
     fresh = {id(named[name]) for name in head} & stay
     lost = [m for m in model.modules() if any(id(p) not in stay for p in m.parameters())]
     for module in lost:

@@ -111,7 +111,13 @@ def save_model(engine: Engine, job: Job, metrics: Mapping[str, float]) -> Path:
     weights = engine.export_weights(t.name for t in job.held.tensors)
     _on_leader(
         lambda: export_model(
-            folder, job.whole_module(), job.tokenizer, weights=weights, plan=job.plan, recipe=job.recipe, metrics=metrics
+            folder,
+            job.whole_module(),
+            job.tokenizer,
+            weights=weights,
+            plan=job.plan,
+            recipe=job.recipe,
+            metrics=metrics,
         )
     )
     return folder

@@ -91,7 +91,9 @@ def test_bf16_and_a_head_alone(tmp_path: Path) -> None:
     found, stepper = losses(evicted(recipe))
     assert stepper.job.eviction is not None
     assert stepper.job.eviction.cut == 4
-    assert found == pytest.approx(wanted, rel=0.02)  # states of a batch with other padding differ by a rounding in 16 bits
+    assert found == pytest.approx(
+        wanted, rel=0.02
+    )  # states of a batch with other padding differ by a rounding in 16 bits
     assert {n for n, _ in stepper.job.module.named_parameters()} == {"model.norm.weight", "score.weight"}
 
 
@@ -128,14 +130,14 @@ def test_what_needs_the_prefix_is_refused(tmp_path: Path, changes: dict[str, Any
 
 def test_packing_and_generation_are_refused(tmp_path: Path) -> None:
     recipe = evicted(recipe_of(tmp_path))
-    job = prepare_job(recipe)
-    rest = (outline_of(recipe.model, "classification", 3), job.plain, job.plan)
     packed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": True})})
     with pytest.raises(UserError, match=r"packed examples \(data.packing\)"):
-        evict(packed, job.data, *rest)
+        prepare_job(packed)
+    job = prepare_job(recipe)
+    rest = (outline_of(recipe.model, "classification", 3), job.plain, job.plan)
     with pytest.raises(UserError, match=r"one of the metrics \(rouge\) generates text"):
-        evict(recipe, replace(job.data, metrics=("rouge",)), *rest)
-    assert evict(recipe, job.data, *rest) == job.eviction
+        evict(replace(job.data, metrics=("rouge",)), *rest)
+    assert evict(job.data, *rest) == job.eviction
 
 
 def test_two_stacks_are_refused(tmp_path: Path) -> None:
@@ -143,4 +145,4 @@ def test_two_stacks_are_refused(tmp_path: Path) -> None:
     job = prepare_job(recipe)
     outline = outline_of(ModelOptions(name=str(t5_folder(tmp_path / "t5"))), "seq2seq", None)
     with pytest.raises(UserError, match="one stack of layers, and x has two"):
-        evict(recipe, job.data, outline, read_anatomy(outline, "x"), job.plan)
+        evict(job.data, outline, read_anatomy(outline, "x"), job.plan)

@@ -112,6 +112,17 @@ def test_nothing_else_is_read_from_the_disk(tmp_path: Path) -> None:
     assert base_hash(load(folder)) != base_hash(whole)
 
 
+def test_a_checkpoint_in_several_files(tmp_path: Path) -> None:
+    folder = llama_folder(tmp_path / "one")
+    load(folder, task="causal_lm").save_pretrained(tmp_path / "many", max_shard_size="30KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    byte_tokenizer().save_pretrained(tmp_path / "many")
+    whole = load(folder)
+    part = dict(load(tmp_path / "many", upper(whole)).named_parameters())
+    assert part.keys() == upper(whole)
+    assert all(torch.equal(p, part[n]) for n, p in whole.named_parameters() if n in part)
+
+
 def test_what_a_part_lacks_is_an_error(tmp_path: Path) -> None:
     folder = llama_folder(tmp_path)
     whole = load(folder)

@@ -15,6 +15,7 @@ from torch import nn
 
 from dsfreeze.anatomy import Anatomy, Layer
 from dsfreeze.data import TaskData
+from dsfreeze.engine.memory import freed_memory_given_back
 from dsfreeze.errors import UserError
 from dsfreeze.metrics import generates
 from dsfreeze.model import hash_tensors
@@ -35,12 +36,23 @@ class Eviction:
     names: frozenset[str]
 
 
-def evict(recipe: Recipe, data: TaskData, outline: nn.Module, anatomy: Anatomy, plan: FreezePlan) -> Eviction:
+def refuse_early(recipe: Recipe) -> None:
+    """UserError for what eviction does not go with, as far as the recipe alone tells it."""
+    if recipe.model.trust_remote_code:
+        raise _needs_prefix("a model with code of its own (model.trust_remote_code) is not read in parts")
+    if recipe.data.packing:
+        raise _needs_prefix("packed examples (data.packing) are tried out on the whole model first")
+
+
+def evict(data: TaskData, outline: nn.Module, anatomy: Anatomy, plan: FreezePlan) -> Eviction:
     """What the plan's run can do without, from first step to last; `outline`: the whole model on the meta device, `anatomy` its own.
 
-    UserError when the recipe or the plan needs the prefix after all.
+    UserError when the plan or the evaluation needs the prefix after all.
     """
-    _require_evictable(recipe, data, plan)
+    if plan.decide_at is not None:
+        raise _needs_prefix(f"strategy '{plan.strategy}' decides on the way what trains, and might thaw what is gone")
+    if generates(data.metrics):
+        raise _needs_prefix(f"one of the metrics ({', '.join(data.metrics)}) generates text, which passes the prefix")
     Passage(outline, anatomy)  # one stack of layers, or its error
     adapted = plan.adapted(anatomy)
     cut = min(cut_of(adapted, phase.trainable) for phase in plan.phases)
@@ -53,18 +65,8 @@ def evict(recipe: Recipe, data: TaskData, outline: nn.Module, anatomy: Anatomy, 
     return Eviction(cut, _evictable(outline, anatomy, cut))
 
 
-def _require_evictable(recipe: Recipe, data: TaskData, plan: FreezePlan) -> None:
-    why = ""
-    if recipe.model.trust_remote_code:
-        why = "a model with code of its own (model.trust_remote_code) is not read in parts"
-    elif plan.decide_at is not None:
-        why = f"strategy '{plan.strategy}' decides on the way what trains, and might thaw what is gone"
-    elif recipe.data.packing:
-        why = "packed examples (data.packing) are tried out on the whole model first"
-    elif generates(data.metrics):
-        why = f"one of the metrics ({', '.join(data.metrics)}) generates text, which passes the prefix"
-    if why:
-        raise UserError(f"freeze.evict_prefix trains without the prefix's weights, and {why}. Write it false.")
+def _needs_prefix(why: str) -> UserError:
+    return UserError(f"freeze.evict_prefix trains without the prefix's weights, and {why}. Write it false.")
 
 
 def _evictable(outline: nn.Module, anatomy: Anatomy, cut: int) -> frozenset[str]:
@@ -105,7 +107,14 @@ def groups_of(layers: Sequence[Layer], room: int, dtype: torch.dtype) -> list[li
 
 
 def read_digests(
-    load: Load, module: nn.Module, outline: nn.Module, anatomy: Anatomy, eviction: Eviction, *, room: int, dtype: torch.dtype
+    load: Load,
+    module: nn.Module,
+    outline: nn.Module,
+    anatomy: Anatomy,
+    eviction: Eviction,
+    *,
+    room: int,
+    dtype: torch.dtype,
 ) -> tuple[str, list[str]]:
     """(`base_hash` of the whole model, digests of its prefix's layers in `dtype`, input first), from `module`, which holds what is not
     evicted, and one reading of the rest in groups of at most `room` bytes. The whole model is never in memory."""
@@ -115,7 +124,8 @@ def read_digests(
     groups = [eviction.names.intersection(group) for group in ({t.name for t in layers[0].tensors}, *groups)]
     digests: dict[str, str] = {}
     stream = _every_tensor(order, dict(module.named_parameters()), groups, load)
-    base = hash_tensors(_noting(stream, layers, dtype, digests))
+    with freed_memory_given_back():
+        base = hash_tensors(_noting(stream, layers, dtype, digests))
     return base, [digests[layer.name] for layer in layers]
 
 
