@@ -10,7 +10,7 @@ import pytest
 import torch
 from evicted_kit import changed, evicted, losses, tensors_of
 from tiny_runs import byte_tokenizer, t5_folder, tiny_recipe
-from transformers import AutoModel, BertConfig, GPT2Config
+from transformers import AutoModel, BertConfig, GPT2Config, GPTNeoXConfig
 
 from dsfreeze.commands import export_folder
 from dsfreeze.errors import UserError
@@ -24,6 +24,10 @@ from dsfreeze.saving import save_checkpoint, save_model
 
 CONFIGS = {
     "gpt2": GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=258, n_positions=64, bos_token_id=1, eos_token_id=1),
+    "gpt_neox": GPTNeoXConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=64, hidden_dropout=0.1, bos_token_id=1, eos_token_id=1,
+    ),
     "bert": BertConfig(
         vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
         max_position_embeddings=64,
@@ -32,7 +36,7 @@ CONFIGS = {
 
 
 def recipe_of(folder: Path, name: str = "llama", **changes: Any) -> Any:
-    """GPT-2 and BERT keep their dropout of 0.1."""
+    """GPT-2, GPT-NeoX and BERT with dropout of 0.1; the second has none but the token embedding."""
     if name in CONFIGS:
         torch.manual_seed(0)
         AutoModel.from_config(CONFIGS[name]).save_pretrained(folder / "model")
@@ -41,7 +45,7 @@ def recipe_of(folder: Path, name: str = "llama", **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("adapter", [None, {"kind": "lora", "r": 2}])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "bert"])
 def test_losses_and_export_are_those_of_the_whole_model(tmp_path: Path, name: str, adapter: Any) -> None:
     """Dropout included: the suffix draws the numbers that it draws behind a prefix."""
     recipe = recipe_of(tmp_path, name, freeze={"strategy": "bottom", "fraction": 0.5, "adapter": adapter})

@@ -120,8 +120,8 @@ def read_digests(
     evicted, and one reading of the rest in groups of at most `room` bytes. The whole model is never in memory."""
     order = [name for name, _ in outline.named_parameters()]
     layers = prefix_layers(anatomy, eviction.cut)
-    groups = [{t.name for layer in g for t in layer.tensors} for g in groups_of(layers[1:], room, dtype)]
-    groups = [eviction.names.intersection(group) for group in ({t.name for t in layers[0].tensors}, *groups)]
+    parts = [layers[:1], *groups_of(layers[1:], room, dtype)]
+    groups = [eviction.names.intersection(t.name for layer in part for t in layer.tensors) for part in parts]
     digests: dict[str, str] = {}
     stream = _every_tensor(order, dict(module.named_parameters()), groups, load)
     with freed_memory_given_back():

@@ -170,8 +170,8 @@ def fill(
 def lacking(data: TaskData, store: States) -> list[Wanted]:
     """Of all examples, train and eval, those the store lacks, each once."""
     found: dict[bytes, Wanted] = {}
-    for rows in (data.train, data.eval):
-        for index in range(len(rows) if rows is not None else 0):
+    for rows in filter(None, (data.train, data.eval)):
+        for index in range(len(rows)):
             key = example_key(rows[index])
             if key not in store:
                 found.setdefault(key, Wanted(key, rows, index))
@@ -276,7 +276,7 @@ class _Relay:
                 states.close()
 
 
-class _Reached(Exception):  # noqa: N818 (no error: the pass has what it came for)
+class _Reached(Exception):
     """The last layer that was wanted has run."""
 
 
