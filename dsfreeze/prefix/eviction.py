@@ -15,7 +15,7 @@ from torch import nn
 
 from dsfreeze.anatomy import Anatomy, Layer
 from dsfreeze.data import TaskData
-from dsfreeze.engine.memory import freed_memory_given_back
+from dsfreeze.engine.memory import freed_memory_given_back, give_back
 from dsfreeze.errors import UserError
 from dsfreeze.metrics import generates
 from dsfreeze.model import hash_tensors
@@ -126,6 +126,7 @@ def read_digests(
     stream = _every_tensor(order, dict(module.named_parameters()), groups, load)
     with freed_memory_given_back():
         base = hash_tensors(_noting(stream, layers, dtype, digests))
+    give_back()
     return base, [digests[layer.name] for layer in layers]
 
 
@@ -139,6 +140,7 @@ def _every_tensor(
             continue
         if name not in part:
             part = {}  # given up before the next is read
+            give_back()
             part = dict(load(next(group for group in groups if name in group)).named_parameters())
         yield name, part[name]
 

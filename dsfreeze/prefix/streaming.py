@@ -23,7 +23,7 @@ from torch import nn
 from dsfreeze.anatomy import Anatomy, Layer
 from dsfreeze.data import TaskData
 from dsfreeze.data.examples import Example, Examples
-from dsfreeze.engine.memory import freed_memory_given_back
+from dsfreeze.engine.memory import freed_memory_given_back, give_back
 from dsfreeze.engine.process import together
 from dsfreeze.engine.ranks import read_ranks
 from dsfreeze.errors import UserError
@@ -218,6 +218,7 @@ class _Relay:
             return
         gives_tuple = self.passage.gives_tuple if self.passage else None
         self.passage = None  # the former group's weights go before the next are read
+        give_back()
         self.after.flush()
         if self.before is not None:
             self.before.close()
@@ -274,6 +275,7 @@ class _Relay:
         for states in (self.before, self.after):
             if states is not None and states is not self.store:
                 states.close()
+        give_back()
 
 
 class _Reached(Exception):
