@@ -188,7 +188,9 @@ def plan(
     batch: Annotated[int | None, typer.Option(help="Sequences of a micro-batch.", min=1)] = None,
     global_batch: Annotated[int | None, typer.Option(help="Sequences of a step, all devices together.", min=1)] = None,
     checkpointing: Annotated[bool | None, typer.Option(help="Recompute activations.")] = None,
-    prefix_cache: Annotated[bool, typer.Option("--prefix-cache", help="Read the frozen prefix from a cache.")] = False,
+    prefix_cache: Annotated[
+        bool, typer.Option("--prefix-cache", help="Read the frozen prefix from a cache, and say when that pays.")
+    ] = False,
     fit: Annotated[str | None, typer.Option(help="What fits these bytes a device and trains fastest: 80GiB.")] = None,
     calibrate: Annotated[Path | None, typer.Option(help="A measured run's folder: seconds as it had them.")] = None,
     study: Annotated[Path | None, typer.Option(help="A scaling study, as YAML: writes its record.")] = None,
@@ -208,6 +210,7 @@ def plan(
 def _plan_picture(recipe: Recipe, world_size: int, as_json: bool) -> int:
     from dsfreeze.estimate import estimate
     from dsfreeze.picture import draw, plan_as_dict
+    from dsfreeze.planner.caching import cache_as_dict, cache_line, cache_of_run
     from dsfreeze.setting import setting_of
     from dsfreeze.strategies import make_plan
 
@@ -215,16 +218,23 @@ def _plan_picture(recipe: Recipe, world_size: int, as_json: bool) -> int:
     setting = setting_of(recipe, world_size)
     freeze_plan = make_plan(anatomy, recipe.freeze, _num_steps(recipe), setting)
     freeze_plan = replace(freeze_plan, notes=(*freeze_plan.notes, *notes))
-    cost = estimate(freeze_plan.adapted(anatomy), freeze_plan, num_steps=_num_steps(recipe), **asdict(setting))
+    cost = estimate(
+        freeze_plan.adapted(anatomy), freeze_plan, num_steps=_num_steps(recipe),
+        evict_prefix=recipe.freeze.evict_prefix, **asdict(setting),
+    )  # fmt: skip
     price = _known_price(recipe, world_size)
+    cache, device = cache_of_run(recipe, anatomy, freeze_plan, world_size)
     if as_json:
-        _print_json({**plan_as_dict(anatomy, freeze_plan, cost), "peaks": price and asdict(price.peaks)})
+        told = {"peaks": price and asdict(price.peaks), "prefix_cache": cache and cache_as_dict(cache, device)}
+        _print_json({**plan_as_dict(anatomy, freeze_plan, cost), **told})
         return 0
     _show(draw(anatomy, freeze_plan, cost))
     if price is not None:
         from dsfreeze.planner.tables import peak_line
 
         _show(peak_line(price, recipe.train.per_device_train_batch_size))
+    if cache is not None:
+        _show(cache_line(cache, device, recipe.freeze.prefix_cache))
     return 0
 
 
@@ -241,6 +251,7 @@ def _known_price(recipe: Recipe, world_size: int) -> Any:
 
 
 def _plan_table(recipe: Recipe, request: Any, as_json: bool) -> int:
+    from dsfreeze.planner.caching import cache_as_dict
     from dsfreeze.planner.request import make_planner
     from dsfreeze.planner.sweep import rows_as_dicts, sweep
     from dsfreeze.planner.tables import fit_table, found_as_dict, plan_table, planner_as_dict
@@ -256,11 +267,13 @@ def _plan_table(recipe: Recipe, request: Any, as_json: bool) -> int:
             _show(fit_table(planner, found))
         return 0
     plans, left_out = planner.plans()
-    rows = sweep(planner.ground, plans, planner.gpus)
+    rows, caches = sweep(planner.ground, plans, planner.gpus), planner.caches(plans)
     if as_json:
-        _print_json({**planner_as_dict(planner), "left_out": left_out, "rows": rows_as_dicts(rows)})
+        told = {label: cache_as_dict(cache, planner.ground.device) for label, cache in caches.items()}
+        priced = {"prefix_cache": told, "rows": rows_as_dicts(planner.ground, rows)}
+        _print_json({**planner_as_dict(planner), "left_out": left_out, **priced})
         return 0
-    _show(plan_table(planner, rows))
+    _show(plan_table(planner, rows, caches))
     for label, reason in left_out.items():
         _say(f"left out: {label}. {_escape(reason)}")
     return 0

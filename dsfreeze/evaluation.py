@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -25,19 +26,25 @@ if TYPE_CHECKING:
     from dsfreeze.recipe import Recipe
 
 T = TypeVar("T")
+#: (indices of the examples, their batch) -> what a forward pass of it runs within.
+Around = Callable[[np.ndarray, Batch], AbstractContextManager[None]]
 #: Of one example: loss summed over its items, items, truth, guess.
 Judged = tuple[float, int, Any, Any]
 
 
-def evaluate(engine: Engine, task_data: TaskData, recipe: Recipe) -> dict[str, float]:
-    """`loss` and the task's metrics over `task_data.eval` (collective); every rank gets the same numbers."""
+def evaluate(engine: Engine, task_data: TaskData, recipe: Recipe, around: Around | None = None) -> dict[str, float]:
+    """`loss` and the task's metrics over `task_data.eval` (collective); every rank gets the same numbers.
+
+    `around`: what each forward pass for the loss runs within (a prefix cache's part)."""
     examples = task_data.eval
     if examples is None:
         raise UserError("There is nothing to evaluate on: data.eval is empty.")
     size = recipe.train.per_device_eval_batch_size
 
     def run(chosen: np.ndarray) -> list[Judged]:
-        return _judge(engine, task_data, task_data.collate([examples[index] for index in chosen]))
+        batch = task_data.collate([examples[index] for index in chosen])
+        with around(chosen, batch) if around else nullcontext():
+            return _judge(engine, task_data, batch)
 
     judged = over_all(engine, examples.num_tokens, size, run)
     items = sum(row[1] for row in judged)

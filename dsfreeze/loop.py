@@ -12,6 +12,7 @@ import math
 import statistics
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from rich.console import Console
 
 from dsfreeze.checkpoint import Checkpoint
-from dsfreeze.data import Loader, Step, check_packing, num_steps_of
+from dsfreeze.data import Loader, check_packing, num_steps_of
 from dsfreeze.engine import Engine, Memory
 from dsfreeze.engine.process import agree, build_engine, process_group, together
 from dsfreeze.engine.ranks import Ranks
@@ -32,6 +33,8 @@ from dsfreeze.job import Job, prepare_job
 from dsfreeze.journal import Journal
 from dsfreeze.phases import Phases
 from dsfreeze.prediction import predict, sentence
+from dsfreeze.prefix.ahead import ReadAhead, Ready
+from dsfreeze.prefix.cache import PrefixCache
 from dsfreeze.progress import StepBar
 from dsfreeze.recipe import Recipe
 from dsfreeze.saving import find_start, save_checkpoint, save_model
@@ -71,6 +74,8 @@ class Run:
         self.total = num_steps_of(options, len(job.data.train), ranks.world_size)
         self.schedule = learning_rate_schedule(options, self.total)
         self.phases = Phases(job, self.journal, self.console, self.total)
+        self.prefix = PrefixCache(job, ranks, self.console, self.total, self.loader.steps_per_epoch)
+        self.steps = ReadAhead(self.loader, self.prefix)
         self.step = 0
         self.metrics: dict[str, dict[str, float]] = {}
         self.seconds: list[float] = []
@@ -95,12 +100,14 @@ class Run:
             return self._run(engine)
         finally:
             self.journal.close()
+            self.steps.close()
+            self.prefix.close()
             engine.close()
 
     def _resume(self, engine: Engine, found: Checkpoint) -> None:
         engine.load_state(found.state())
         state = found.trainer_state
-        self.loader.load_state_dict(state["loader"])
+        self.steps.load_state_dict(state["loader"])
         self.phases.load_state_dict(state["phases"])
         self.metrics.update(state["metrics"])
         self.step, self.loss = found.step, state["loss"]
@@ -112,13 +119,13 @@ class Run:
 
     def _run(self, engine: Engine) -> dict[str, Any]:
         with Interrupt() as interrupt:
+            self.prefix.enter(engine, self.phases.phase_at(self.step), self.step)
             if self.step == 0:
                 self._evaluate(engine, "before")
             self.before = engine.memory(reset_peak=True)
             with StepBar(self.console, self.total, self.step, self.options.logging_steps, shown=self.leader) as bar:
-                steps = iter(self.loader)
                 while self.step < self.total:
-                    self._one_step(engine, next(steps), interrupt, bar)
+                    self._one_step(engine, next(self.steps), interrupt, bar)
         # from here on a signal acts at once: the last step is saved, and resuming does what is left
         memory = engine.memory()
         if self.seconds:
@@ -126,15 +133,17 @@ class Run:
         self._evaluate(engine, "after")
         return self._finish(engine, memory)
 
-    def _one_step(self, engine: Engine, step: Step, interrupt: Interrupt, bar: StepBar) -> None:
-        began = time.perf_counter()
+    def _one_step(self, engine: Engine, ready: Ready, interrupt: Interrupt, bar: StepBar) -> None:
+        began, step = time.perf_counter(), ready.step
         phase = self.phases.enter(engine, self.step)
+        self.prefix.enter(engine, phase, self.step)
         # dropout depends on (seed, step, rank) alone, so a resumed run needs no generator state
         torch.manual_seed(hash((self.options.seed, self.step, engine.rank)) % 2**63)
         loss = 0.0
-        for batch, items in step.micro_batches:
+        for (batch, items), chosen, staged in zip(step.micro_batches, step.chosen, ready.staged, strict=True):
             self.fullest = max(self.fullest, tuple(batch["input_ids"].shape), key=math.prod)
-            loss += engine.forward_backward(batch, items / step.global_items)
+            with self.prefix.around(engine, self.prefix.train, chosen, batch, staged, counts=items > 0):
+                loss += engine.forward_backward(batch, items / step.global_items)
         learning_rate, own = rates_at(self.job.plan, self.step, self.schedule, self.options.learning_rate)
         norm = engine.step(learning_rate, own)
         failed = float(self.journal.failure is not None)
@@ -150,6 +159,7 @@ class Run:
             together(self.journal.raise_failure)
         self.step, self.loss = self.step + 1, loss
         self.seconds.append(seconds)
+        self.prefix.after_step(seconds)
         memory = engine.memory()
         line = {
             "step": self.step, "epoch": step.epoch, "loss": loss, "learning_rate": learning_rate, "grad_norm": norm,
@@ -165,6 +175,8 @@ class Run:
 
     def _between_steps(self, engine: Engine, epoch_ended: bool) -> None:
         o, step = self.options, self.step
+        if epoch_ended:
+            self.prefix.share(engine)
         if step == self.total:  # as transformers does, the last step is saved whatever save_steps says
             if o.save_strategy != "no":
                 self._save(engine)
@@ -177,7 +189,9 @@ class Run:
     def _evaluate(self, engine: Engine, when: str) -> None:
         if self.job.data.eval is None or self.options.eval_strategy == "no":
             return
-        self.metrics[when] = evaluate(engine, self.job.data, self.job.recipe)
+        self.metrics[when] = evaluate(
+            engine, self.job.data, self.job.recipe, partial(self.prefix.around, engine, self.prefix.eval)
+        )
         self.journal.evaluation(when, self.step, self.metrics[when])
         figures = "  ".join(f"{name} {value:.4g}" for name, value in self.metrics[when].items())
         self.console.print(f"[bold]evaluation[/] {when}: {figures}", highlight=False)
@@ -186,7 +200,7 @@ class Run:
 
     def _save(self, engine: Engine) -> Path:
         state = {
-            "loader": self.loader.state_dict(), "global_batch_size": self.loader.global_batch_size,
+            "loader": self.steps.state_dict(), "global_batch_size": self.loader.global_batch_size,
             "metrics": self.metrics, "loss": self.loss, "phases": self.phases.state_dict(), "num_steps": self.total,
         }  # fmt: skip
         folder = save_checkpoint(engine, self.job, self.step, state)
@@ -233,6 +247,13 @@ class Run:
             "flops_vs_full": cost.flops_per_token / cost.full_flops_per_token,
             "seconds_per_step": statistics.median(steady) if steady else None, "memory": {**asdict(memory), "peak": peak},
             "never_moved": list(self.phases.still), "switches": self.phases.switches,
-            "seconds_switching": self.phases.seconds_switching,
+            "seconds_switching": self.phases.seconds_switching, "prefix_cache": self._prefix_summary(engine),
             "selection": {**selection, "peak_after": memory.peak} if selection["decisions"] else None, "record": str(job.output_dir), "model": None,
         }  # fmt: skip
+
+    def _prefix_summary(self, engine: Engine) -> dict[str, Any] | None:
+        found = self.prefix.summary(engine)
+        if found is None:
+            return None
+        taken = sum(self.seconds)
+        return {**found, "seconds_waited": self.steps.waited, "wait_share": self.steps.waited / taken if taken else 0.0}

@@ -53,6 +53,10 @@ class Phases:
         engine.enter(self.phase)
         self._looked = self._started = step
 
+    def phase_at(self, step: int) -> Phase:
+        """The phase that the engine is in when `step` steps are made: that of the next one is entered with it."""
+        return self.phase or self.job.plan.phase_at(step)
+
     def enter(self, engine: Engine, step: int) -> Phase:
         """The phase of `step`, entered (collective). The one that ended is looked at first."""
         phase = self.job.plan.phase_at(step)

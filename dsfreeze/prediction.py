@@ -18,10 +18,10 @@ from torch import nn
 from dsfreeze.activations import ATTENTIONS, Activations, TaskActivations
 from dsfreeze.embedded import cache_folder
 from dsfreeze.engine import Memory
-from dsfreeze.estimate.price import PlanCost
+from dsfreeze.estimate.price import PlanCost, Price
 from dsfreeze.files import write_whole
 from dsfreeze.job import Job
-from dsfreeze.setting import setting_of, workload_of
+from dsfreeze.setting import Workload, setting_of, workload_of
 from dsfreeze.shapes import known_activations
 from dsfreeze.tables import gib
 
@@ -32,31 +32,40 @@ PROFILE_FORMAT = 1
 
 
 def predict(
-    job: Job, world_size: int, num_steps: int, shape: tuple[int, int], start: Memory, end: Memory, *, on_cpu: bool
-) -> dict[str, Any]:
+    job: Job, world_size: int, num_steps: int, shape: tuple[int, int], start: Memory, end: Memory, *, on_cpu: bool,
+    cache_bytes: int = 0,
+) -> dict[str, Any]:  # fmt: skip
     """Predicted figures of a finished run, for its summary: bytes as `Memory` has them, the peak, and how far the measured one is from it.
 
-    `shape`: sequences and positions of the fullest micro-batch; `start`, `end`: before the first step and after the last. Of a
-    model that cannot be priced there is a reason in place of figures.
+    `shape`: sequences and positions of the fullest micro-batch; `start`, `end`: before the first step and after the last;
+    `cache_bytes`: what a prefix cache holds in this process's host memory, which on a CPU counts. Of a model that cannot be priced there is a reason in place of figures.
     """
     try:
-        return _figures(job, world_size, num_steps, shape, start, end, on_cpu)
+        return _figures(job, world_size, num_steps, shape, start, end, on_cpu, cache_bytes)
     except Exception as error:  # noqa: BLE001 (of a model of a kind never seen before: the run is over, and neither its export nor the other ranks may suffer)
         return {"reason": str(error) or type(error).__name__}
 
 
 def _figures(
-    job: Job, world_size: int, num_steps: int, shape: tuple[int, int], start: Memory, end: Memory, on_cpu: bool
-) -> dict[str, Any]:
+    job: Job, world_size: int, num_steps: int, shape: tuple[int, int], start: Memory, end: Memory, on_cpu: bool,
+    cache_bytes: int,
+) -> dict[str, Any]:  # fmt: skip
     setting, work = setting_of(job.recipe, world_size), workload_of(job.recipe)
     activations = _activations(job, setting.dtype_bytes)
-    cost = PlanCost(
-        job.anatomy, job.plan, activations, replace(work, micro_batch_size=shape[0]), dtype_bytes=setting.dtype_bytes,
-        sequence_length=shape[1], num_steps=num_steps,
-    )  # fmt: skip
-    price = cost.at(setting.stage, world_size, offload=setting.offload)
-    # on a CPU what is offloaded, or parked, lies in the same memory
-    peak = _besides_states(start, setting.offload and not on_cpu) + price.peaks.most + (price.host if on_cpu else 0)
+
+    def priced(work: Workload) -> Price:
+        cost = PlanCost(
+            job.anatomy, job.plan, activations, replace(work, micro_batch_size=shape[0]), dtype_bytes=setting.dtype_bytes,
+            sequence_length=shape[1], num_steps=num_steps,
+        )  # fmt: skip
+        return cost.at(setting.stage, world_size, offload=setting.offload)
+
+    price = priced(work)
+    most = price.peaks.most
+    if work.prefix_cache and not work.evict_prefix:  # the first epoch runs the prefix
+        most = max(most, priced(replace(work, prefix_cache=False)).peaks.most)
+    # on a CPU what is offloaded, parked or cached lies in the same memory
+    peak = _besides_states(start, setting.offload and not on_cpu) + most + (price.host + cache_bytes if on_cpu else 0)
     return {
         "weights": price.states.weights, "gradients": price.states.gradients, "masters": price.states.masters,
         "optimizer_state": price.states.optimizer_state, "peak": peak, "peak_error": end.peak / peak - 1,

@@ -34,7 +34,8 @@ def setting_of(recipe: Recipe, world_size: int) -> Setting:
 @dataclass(frozen=True)
 class Workload:
     """What a rank does in a step, as far as its price depends on it: sequences of a micro-batch, micro-steps, whether layers
-    recompute, the attention (None: transformers' choice), whether the frozen prefix is read from a cache."""
+    recompute, the attention (None: transformers' choice), whether the frozen prefix is read from a cache, how that is stored
+    (a freeze.prefix_cache_dtype) and where, and whether the prefix's weights are off the device."""
 
     task: str = "causal_lm"
     micro_batch_size: int = 1
@@ -42,15 +43,23 @@ class Workload:
     gradient_checkpointing: bool = False
     attention: str | None = None
     prefix_cache: bool = False
+    prefix_cache_dtype: str = "auto"
+    cache_in_memory: bool = False
+    evict_prefix: bool = False
 
 
 def workload_of(recipe: Recipe) -> Workload:
-    """That of a recipe's run; a prefix cache is not yet a recipe's choice."""
-    train = recipe.train
+    """That of a recipe's run. A prefix cache is priced as it is read, from the second epoch on; `auto` as one on disk, the slower
+    tier: where a run has chosen none, price its recipe with freeze.prefix_cache off."""
+    train, freeze = recipe.train, recipe.freeze
     return Workload(
         recipe.task,
         train.per_device_train_batch_size,
         train.gradient_accumulation_steps,
         train.gradient_checkpointing,
         recipe.model.attn_implementation,
+        freeze.prefix_cache != "off",
+        freeze.prefix_cache_dtype,
+        freeze.prefix_cache == "memory",
+        freeze.evict_prefix,
     )

@@ -53,6 +53,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         rows.append(("selection", f"{number} decision{'s' * (number > 1)} in {chosen['seconds']:.2f} s, peak memory "
                                   f"{gib(chosen['peak'])} until the last ({gib(chosen['peak_after'])} after it), "
                                   f"{gib(chosen['host_bytes'])} of copies in host memory"))  # fmt: skip
+    if cache := summary.get("prefix_cache"):
+        rows.append(("prefix cache", _cache_figures(cache)))
     for when, metrics in summary["metrics"].items():
         rows.append((when, "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())))
     if summary["never_moved"]:
@@ -61,6 +63,22 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _cache_figures(cache: Mapping[str, Any]) -> str:
+    """Where the states lie, how many were read, and what a step that reads them takes."""
+    if not cache["examples"]:
+        return str(cache["reason"])
+    lines = [
+        f"{100 * cache['hits'] / cache['examples']:.0f} % of {cache['examples']:,} examples read above layer {cache['cut']} "
+        f"({gib(cache['bytes'])} in {'memory' if cache['tier'] == 'memory' else cache['where']})"
+    ]
+    cached, computed = cache["seconds_per_cached_step"], cache["seconds_per_computed_step"]
+    if cached and computed:
+        lines.append(
+            f"a step with it {cached:.3f} s, without {computed:.3f} s: {computed / cached:.2f} times as fast; waited {100 * cache['wait_share']:.1f} %"
+        )
+    return "\n".join(lines)
 
 
 def _predicted_states(summary: Mapping[str, Any]) -> str:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from dsfreeze.estimate.caching import CacheCost
 from dsfreeze.estimate.price import PlanCost, Price
 from dsfreeze.hardware import find_device
+from dsfreeze.planner.caching import cache_of
 from dsfreeze.recipe import FreezeOptions
 from dsfreeze.setting import Workload
 from dsfreeze.shapes import known_activations, known_anatomy
@@ -36,12 +38,19 @@ def price_of(*, prefix_cache: bool = False) -> Price:
     return cost_of(prefix_cache=prefix_cache).at(2, 8)
 
 
+def a_million_tokens() -> CacheCost:
+    cost = cost_of()
+    found = cache_of(cost.anatomy, cost.plan, storage="auto", dtype_bytes=2, sequence_length=4096, device=H200, ranks=8)
+    assert found is not None
+    return found
+
+
 @cache
 def figures() -> dict[str, float]:
     """The worked example's figures by the page's names."""
     price, cached = price_of(), price_of(prefix_cache=True)
     states, items, sent = price.states, price.items, price.sent
-    seconds, read = price.on(H200), cached.on(H200)
+    seconds, read, states_read = price.on(H200), cached.on(H200), a_million_tokens()
     return {
         "P": states.total,
         "P_t": states.trainable,
@@ -70,6 +79,12 @@ def figures() -> dict[str, float]:
         "FLOPs that a cache spares": cached.spared_flops,
         "reading the cache": read.host,
         "step with the cache": read.total,
+        "states of a million tokens": states_read.size,
+        "recomputing a token": 1e6 * states_read.recompute_seconds,
+        "reading it from disk": 1e6 * states_read.disk_seconds,
+        "reading it from memory": 1e6 * states_read.memory_seconds,
+        "bandwidth from which reading pays": states_read.needed_bandwidth,
+        "break-even from memory": states_read.break_even("memory"),
     }
 
 
@@ -131,6 +146,14 @@ def test_the_worked_example_by_hand():
     assert found["step"] == pytest.approx(sum(found[name] for name in ("products", "memory", "optimizer", "links")))
     assert found["FLOPs that a cache spares"] == 16 * (2 * matrices + kernel)
     assert found["reading the cache"] == pytest.approx(tokens * 4096 * 2 * ranks / 3.5e9)
+    assert found["states of a million tokens"] == 8192 * 10**6
+    recomputed = 16 * (2 * matrices + kernel) / (0.5 * 989.5e12)
+    assert found["recomputing a token"] == pytest.approx(1e6 * recomputed)
+    assert found["reading it from disk"] == pytest.approx(1e6 * 8192 * ranks / 3.5e9)
+    assert found["reading it from memory"] == pytest.approx(1e6 * 8192 / 64e9)
+    assert found["bandwidth from which reading pays"] == pytest.approx(8192 / recomputed)
+    assert found["break-even from memory"] == 2  # 8192 / 64e9 written once is less than one epoch's saving a token
+    assert a_million_tokens().break_even("disk") is None  # 18.7 to read, 16.3 to recompute
 
 
 def test_a_scale_multiplies_what_the_device_does_itself():

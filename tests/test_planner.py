@@ -13,13 +13,16 @@ from test_core_imports import heavy_after
 from dsfreeze.cli import run
 from dsfreeze.errors import UserError
 from dsfreeze.hardware import find_device
+from dsfreeze.planner.caching import cache_of
 from dsfreeze.planner.calibration import calibrate
 from dsfreeze.planner.fit import WAYS, Fit
 from dsfreeze.planner.request import Request, make_planner, parse_budget, parse_gpus, words_of
 from dsfreeze.planner.sweep import RESERVED, STRATEGIES, Ground, advice, cell, plans_of, rows_as_dicts, sweep
+from dsfreeze.recipe import FreezeOptions
 from dsfreeze.recipe_reader import load_recipe
-from dsfreeze.setting import Workload
+from dsfreeze.setting import Workload, workload_of
 from dsfreeze.shapes import SHAPES, known_activations, known_anatomy
+from dsfreeze.strategies import make_plan
 
 GIB = 2**30
 
@@ -114,7 +117,7 @@ class TestSweep:
     def test_plain_values(self, ground):
         plans, _ = plans_of(ground.anatomy, {"full": {"strategy": "full"}}, None)
         rows = sweep(ground, plans, (2,), (1,))
-        (entry,) = json.loads(json.dumps(rows_as_dicts(rows)))
+        (entry,) = json.loads(json.dumps(rows_as_dicts(ground, rows)))
         at = rows[0].cells[0]
         assert entry["peak_bytes"] == max(entry["peaks"].values()) == at.price.peaks.most
         assert entry["seconds_per_step"] == pytest.approx(sum(entry["seconds"].values()))
@@ -272,6 +275,136 @@ class TestCommand:
             run(argv)
             seconds.append(time.process_time() - began)
         assert min(seconds) < 2
+
+
+class TestPrefixCache:
+    """Oracles: figures of SmolLM2-135M by hand: 30 layers of 3,538,944 elements in matrices, hidden and attention width 576."""
+
+    SMALL = ("plan", "model=smollm2-135m", "task=causal_lm", "data.max_length=512")
+    SPARED = 15 * (2 * 3_538_944 + 4 * 512 * 576)
+
+    def json(self, capsys, *words) -> dict:
+        assert run([*self.SMALL, *words, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    def lines(self, capsys, monkeypatch, *words, columns=80) -> list[str]:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert run([*self.SMALL, *words]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    def test_the_picture_has_every_figure(self, capsys):
+        found = self.json(capsys, "train.bf16=true")["prefix_cache"]
+        recomputed = self.SPARED / (0.5 * 989.5e12)
+        assert (found["device"], found["layers"], found["token_bytes"], found["visits"]) == ("h100", 15, 1152, 3.0)
+        assert found["bytes_per_million_tokens"] == 1_152_000_000
+        assert found["recompute_seconds"] == pytest.approx(recomputed)
+        assert found["needed_bandwidth"] == pytest.approx(1152 / recomputed)
+        assert found["bandwidth"] == {"memory": pytest.approx(64e9), "disk": pytest.approx(3.5e9)}
+        assert found["break_even_epoch"] == {"memory": 2, "disk": None}
+
+    def test_the_picture_says_it_in_three_lines(self, capsys, monkeypatch):
+        *_, first, second, third = self.lines(capsys, monkeypatch, "train.bf16=true")
+        assert first == "prefix cache     1.12 KiB a token of 15 layers, 1.07 GiB a million tokens"
+        assert second.strip() == "reading pays above 4.6 GB/s (h100: disk 3.5, memory 64 GB/s)"
+        assert third.strip() == "pays in memory from epoch 2; off here: freeze.prefix_cache=auto"
+
+    @pytest.mark.parametrize(("words", "end"), [
+        (["freeze.prefix_cache=disk"], "pays from epoch 2; here: disk"),
+        (["train.num_train_epochs=1"], "no example comes twice in 1 epoch"),
+        (["train.num_train_epochs=0.5", "freeze.prefix_cache=auto"], "no example comes twice in 0.5 epochs; here: auto"),
+        (["train.max_steps=5", "train.num_train_epochs=1"], "pays from epoch 2; off here: freeze.prefix_cache=auto"),
+    ])  # fmt: skip
+    def test_what_the_recipe_has(self, capsys, monkeypatch, words, end):
+        assert self.lines(capsys, monkeypatch, *words)[-1].strip() == end
+
+    @pytest.mark.parametrize(
+        "words",
+        [["freeze.strategy=full"], ["freeze.strategy=lora"], ["freeze.strategy=smartfrz", "train.max_steps=500"]],
+    )
+    def test_where_nothing_lies_below_nothing_is_said(self, capsys, words):
+        assert self.json(capsys, *words)["prefix_cache"] is None
+
+    def test_of_a_plan_that_decides_later_nothing_is_said(self):
+        """Oracle: the same plan with all of it known has a cache."""
+        ground = ground_of("smollm2-135m")
+        plan = make_plan(ground.anatomy, FreezeOptions(fraction=0.5), 80)
+        values = {"storage": "auto", "dtype_bytes": 2, "sequence_length": 512, "device": ground.device, "ranks": 1}
+        assert cache_of(ground.anatomy, plan, **values).layers == 15
+        assert cache_of(ground.anatomy, replace(plan, decide_at=40), **values) is None
+
+    def test_the_tables_caption(self, capsys, monkeypatch):
+        """Oracle: the same figures, those of int8 (580 bytes), and a line for each plan with a prefix, none too long."""
+        words = (
+            "--device",
+            "h100",
+            "--gpus",
+            "1,8",
+            "train.bf16=true",
+            "freeze.prefix_cache_dtype=int8",
+            "--prefix-cache",
+        )
+        shown = self.lines(capsys, monkeypatch, *words)
+        text = " ".join(" ".join(shown).split())
+        assert "Prefix cache: 580 B a token, 553.13 MiB a million tokens." in text
+        assert "64 GB/s from memory and 438 MB/s from disk (8 share the disk); the seconds above are with disk." in text
+        needed = 580 / (self.SPARED / (0.5 * 989.5e12))
+        assert f"  bottom 50 %: above {needed / 1e9:.3g} GB/s; pays in memory from epoch 2, on disk never" in shown
+        assert [line.partition(":")[0].strip() for line in shown if "; pays" in line] == [
+            "yours: bottom".partition(":")[0], "bottom 25 %", "bottom 50 %", "bottom 75 %"
+        ]  # fmt: skip
+
+    def test_the_tables_figures(self, capsys):
+        """Oracle: a recipe's choice counts as the option does; a cell's bandwidth is what a step that never waits reads."""
+        words = ("--device", "h100", "--gpus", "8", "train.bf16=true")
+        plain, option, chosen = (
+            self.json(capsys, *words, *more) for more in ([], ["--prefix-cache"], ["freeze.prefix_cache=auto"])
+        )
+        assert plain["prefix_cache"] == {}
+        assert all(row["cache_bandwidth"] is None for row in plain["rows"])
+        assert set(option["prefix_cache"]) == {"bottom 25 %", "bottom 50 %", "bottom 75 %"}
+        assert chosen["prefix_cache"] == {
+            **option["prefix_cache"],
+            "yours: bottom": option["prefix_cache"]["bottom 50 %"],
+        }
+        row = next(r for r in chosen["rows"] if (r["strategy"], r["stage"]) == ("yours: bottom", 2))
+        tokens = row["tokens_per_second"] * row["seconds_per_step"] / 8
+        reading = tokens * 1152 * 8 / 3.5e9
+        assert row["seconds"]["host"] == pytest.approx(reading)
+        assert row["cache_bandwidth"] == pytest.approx(tokens * 1152 / (row["seconds_per_step"] - reading))
+
+    def test_a_calibration_counts(self):
+        """Oracle: a device half as fast recomputes twice as long and reads as fast."""
+        once, twice = (
+            replace(planner, ground=replace(planner.ground, scale=scale)).caches(planner.plans()[0])["bottom 50 %"]
+            for planner in [
+                planner_of(["model=smollm2-135m", "task=causal_lm"], Request(device="h100", prefix_cache=True))
+            ]
+            for scale in (1.0, 2.0)
+        )
+        assert twice.recompute_seconds == pytest.approx(2 * once.recompute_seconds)
+        assert twice.disk_seconds == once.disk_seconds
+
+    def test_evicted_weights(self, capsys):
+        """Oracle: fifteen layers of 3,540,096 elements in bf16; the embedding is the head, and stays. The peak falls by as much."""
+        cached = ("train.bf16=true", "freeze.prefix_cache=disk")
+        kept, gone = (self.json(capsys, *cached, *more) for more in ([], ["freeze.evict_prefix=true"]))
+        evicted = 2 * 15 * 3_540_096
+        assert kept["bytes_per_rank"]["weights"] - gone["bytes_per_rank"]["weights"] == evicted
+        assert {name: kept["peaks"][name] - gone["peaks"][name] for name in kept["peaks"]} == dict.fromkeys(
+            ("forward", "backward", "step"), evicted
+        )
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    ([], (False, "auto", False, False)),
+    (["freeze.prefix_cache=memory", "freeze.prefix_cache_dtype=int8"], (True, "int8", True, False)),
+    (["freeze.prefix_cache=disk", "freeze.evict_prefix=true"], (True, "auto", False, True)),
+    (["freeze.prefix_cache=auto"], (True, "auto", False, False)),
+])  # fmt: skip
+def test_a_recipes_workload_has_its_cache(words, expected):
+    """Oracle: by hand; auto is priced as the slower tier."""
+    work = workload_of(load_recipe(None, ["model=smollm2-135m", *words]))
+    assert (work.prefix_cache, work.prefix_cache_dtype, work.cache_in_memory, work.evict_prefix) == expected
 
 
 class TestCalibration:

@@ -75,6 +75,33 @@ class TestPeak:
         )
         assert self.predicted(tmp_path, 5000)["peak"] == 1000 + cost.at(0, 1).peaks.most
 
+    @pytest.mark.parametrize(("evict", "stage"), [(False, 0), (True, 0), (False, 3)])
+    def test_with_a_prefix_cache(self, tmp_path, evict, stage):
+        """Oracle: the price itself: of a run that keeps its prefix the larger of a step that fills (at stage 3, where the prefix is
+        gathered) and one that reads; of one that evicts it the reading step's. On a CPU, what the cache holds in memory on top."""
+        from dsfreeze.estimate.price import PlanCost
+        from dsfreeze.setting import Workload
+
+        words = {"prefix_cache": "memory", "evict_prefix": evict}
+        folder = llama_folder(tmp_path / "model", hidden=512 if stage else 32)
+        job = prepare_job(tiny_recipe(tmp_path, model=str(folder), freeze=words, zero="zero3" if stage else "local"))
+        found = prediction._activations(job, 4)
+        fills, reads = (
+            PlanCost(job.anatomy, job.plan, found, work, dtype_bytes=4, sequence_length=16, num_steps=8).at(stage, 1)
+            for work in (
+                Workload("classification", 2),
+                Workload("classification", 2, prefix_cache=True, cache_in_memory=True, evict_prefix=evict),
+            )
+        )
+        assert reads.items["prefix cache"] > 0
+        assert (fills.peaks.most > reads.peaks.most) == (stage == 3 or evict)
+        most = reads.peaks.most if evict else max(fills.peaks.most, reads.peaks.most)
+        end = Memory(**{**vars(self.START), "peak": 5000})
+        told = prediction.predict(job, 1, 8, (2, 16), self.START, end, on_cpu=True, cache_bytes=777)
+        assert told["peak"] == 1000 + 777 + most
+        assert told["weights"] == reads.states.weights
+        assert (reads.states.weights < fills.states.weights) == evict
+
     def test_more_than_ten_per_cent_says_so(self, tmp_path):
         """Oracle: arithmetic around the threshold."""
         peak = self.predicted(tmp_path, 1)["peak"]

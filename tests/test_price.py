@@ -150,6 +150,92 @@ def test_a_cached_prefix_by_hand():
     assert plain.on(H100).host == 0
 
 
+@pytest.mark.parametrize("options", [{"strategy": "full"}, {"strategy": "lora"}, {"strategy": "top", "count": 4}])
+@pytest.mark.parametrize("stage", STAGES)
+def test_without_a_prefix_a_cache_costs_nothing(stage, options):
+    """Oracle: the same plan without one, to the byte and the second."""
+    plain, cached = (cost_of(work={"prefix_cache": on}, **options).at(stage, 8) for on in (False, True))
+    assert plain == cached
+    assert cached.cache_bandwidth(H100) is None
+
+
+@pytest.mark.parametrize(("work", "seconds"), [
+    ({}, 2 * D * 8 / 3.5e9), ({"prefix_cache_dtype": "int8"}, (D + 4) * 8 / 3.5e9), ({"prefix_cache_dtype": "fp32"}, 4 * D * 8 / 3.5e9),
+    ({"cache_in_memory": True}, 2 * D / 64e9), ({"cache_in_memory": True, "prefix_cache_dtype": "int8"}, (D + 4) / 64e9),
+])  # fmt: skip
+def test_what_a_cache_reads_by_hand(work, seconds):
+    """Oracle: bytes of a stored token over an eighth of the node's storage, or over PCIe; on the device a state has two bytes an
+    element however it is stored. Three micro-steps read three times as much."""
+    price = cost_of(count=4, work={"prefix_cache": True, "gradient_accumulation_steps": 3, **work}).at(2, 8)
+    assert price.items["prefix cache"] == TOKENS * 2 * D
+    assert price.on(H100).host == pytest.approx(3 * TOKENS * seconds)
+    others = price.on(H100).total - price.on(H100).host
+    assert price.cache_bandwidth(H100) == pytest.approx(price.work.cache_bytes / others)
+
+
+def test_ranks_of_a_cpu_share_the_way_to_memory():
+    """Oracle: two ranks of a two-core machine read at half its bandwidth."""
+    cpu = replace(find_device("cpu"), per_node=2, host_bandwidth=12e9)
+    price = cost_of(count=4, work={"prefix_cache": True, "cache_in_memory": True}, dtype_bytes=4).at(2, 2)
+    assert price.on(cpu).host == pytest.approx(TOKENS * 4 * D / 6e9)
+
+
+@pytest.mark.parametrize("dtype_bytes", [2, 4])
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_evicted_prefix_by_hand(stage, dtype_bytes):
+    """Oracle: of 8 layers and an untied embedding four and that are gone, at stage 3 an eighth of each; every peak is lower by as
+    much (and by the small tensors that persist there, of a toy all), and nothing else changes."""
+    work = {"prefix_cache": True}
+    kept, gone = (
+        cost_of(count=4, work={**work, "evict_prefix": on}, dtype_bytes=dtype_bytes).at(stage, 8)
+        for on in (False, True)
+    )
+    elements = 4 * (16 * D * D + 2 * D) + VOCAB * D
+    evicted = dtype_bytes * elements // (8 if stage == 3 else 1)
+    persistent = dtype_bytes * elements if stage == 3 else 0
+    assert kept.states.weights - gone.states.weights == evicted
+    assert kept.items["frozen weights"] - gone.items["frozen weights"] == evicted
+    assert gone.items["frozen weights"] == 0
+    for before, after in zip(peaks_of(kept), peaks_of(gone), strict=True):
+        assert before - after == evicted + persistent
+    assert kept.sent.sent - gone.sent.sent == persistent * 7 // 8
+    assert (kept.states.total, kept.flops_per_step, kept.host) == (gone.states.total, gone.flops_per_step, gone.host)
+
+
+def test_an_evicted_prefix_whose_embedding_is_the_head():
+    """Oracle: the embedding stays; four layers go, and no more where the lowest of all phases trains lower."""
+    tied = anatomies.llama(depth=DEPTH, d=D, vocab=VOCAB, tied=True)
+    layer = 16 * D * D + 2 * D
+    for options, layers in (({"count": 4}, 4), ({"strategy": "gradual_unfreezing", "steps": 80}, 0)):
+        plan = plan_of(tied, **options)
+        kept, gone = (
+            PlanCost(tied, plan, activations(tied), Workload(prefix_cache=True, evict_prefix=on))
+            .at(2, 1)
+            .states.weights
+            for on in (False, True)
+        )
+        assert kept - gone == 2 * layers * layer
+
+
+def test_at_stage_3_a_cached_prefix_is_not_gathered():
+    """Oracle: Llama-3-8B at width: all but the persistent norms of 16 layers and the embedding is gathered once less a pass."""
+    anatomy, known = known_anatomy("llama-3-8b", "causal_lm", None), known_activations("llama-3-8b")
+    assert anatomy is not None
+    assert known is not None
+    plan = plan_of(anatomy, fraction=0.5)
+    plain, cached = (
+        PlanCost(anatomy, plan, known.of("causal_lm", None, 2), Workload(prefix_cache=on), sequence_length=4096).at(
+            3, 8
+        )
+        for on in (False, True)
+    )
+    assert plain.sent.forward_weights - cached.sent.forward_weights == pytest.approx(
+        2 * (16 * 218_103_808 + 525_336_576) * 7 / 8, rel=0.01
+    )
+    assert plain.sent.persistent_weights == cached.sent.persistent_weights
+    assert plain.states.weights == cached.states.weights
+
+
 def test_micro_steps():
     """Oracle: three of them do the passes thrice and the step once."""
     one, three = (cost_of(count=4, work={"gradient_accumulation_steps": n}).at(2, 8) for n in (1, 3))

@@ -19,6 +19,9 @@ from dsfreeze.data.examples import Batch, Collate, Examples
 from dsfreeze.errors import UserError
 from dsfreeze.recipe import TrainOptions
 
+#: The example of a batch that must not count.
+FILLER = np.zeros(1, dtype=np.int64)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -27,6 +30,8 @@ class Step:
     micro_batches: list[tuple[Batch, int]]
     """(batch, items) for each micro-step: items over `global_items` is the weight of the batch's mean loss. Items are 0
     for a filler, a batch of real examples that must not count."""
+    chosen: list[np.ndarray]
+    """The examples of each micro-batch, by index."""
     global_items: int
     """Items of all ranks' micro-batches together."""
     tokens: int
@@ -95,6 +100,7 @@ class Loader(Iterator[Step]):
         shares = self._deal(chosen)
         return Step(
             micro_batches=[self._micro_batch(share) for share in shares],
+            chosen=[share if len(share) else FILLER for share in shares],
             global_items=int(self.examples.num_items[chosen].sum()),
             tokens=int(self.examples.num_tokens[np.concatenate(shares)].sum()),
             epoch=epoch,
@@ -111,7 +117,7 @@ class Loader(Iterator[Step]):
 
     def _micro_batch(self, share: np.ndarray) -> tuple[Batch, int]:
         if len(share) == 0:  # real labels, for a mean over none is NaN and 0 x NaN is no filler
-            return self.collate([self.examples[0]]), 0
+            return self.collate([self.examples[index] for index in FILLER]), 0
         batch = self.collate([self.examples[index] for index in share])
         return batch, self.num_items(batch)
 

@@ -123,7 +123,7 @@ def warn_of_locks() -> list[Path]:
 
 def agree(value: str, what: str) -> None:
     """UserError on every rank unless all ranks gave the same value (collective; nothing to do alone)."""
-    values = _everyones(value)
+    values = everyones(value)
     if len(set(values)) > 1:
         odd = next(rank for rank, v in enumerate(values) if v != values[0])
         raise UserError(
@@ -143,7 +143,7 @@ def together(action: Callable[[], T]) -> T:
         result = action()
     except Exception as error:  # noqa: BLE001 (raised again below, when everyone knows)
         failed = error
-    problems = _everyones("" if failed is None else str(failed) or type(failed).__name__)
+    problems = everyones("" if failed is None else str(failed) or type(failed).__name__)
     if failed is not None:
         raise failed
     rank, problem = next(((r, p) for r, p in enumerate(problems) if p), (0, ""))
@@ -152,7 +152,7 @@ def together(action: Callable[[], T]) -> T:
     return result
 
 
-def _everyones(value: str) -> list[str]:
+def everyones(value: str) -> list[str]:
     """The ranks' values in rank order; returns when everyone has heard, so that one may leave."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]

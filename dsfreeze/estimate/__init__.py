@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from dsfreeze.anatomy import Anatomy
+from dsfreeze.estimate.caching import evicted_tensors
 from dsfreeze.estimate.flops import flops
 from dsfreeze.estimate.states import check_setting, on_device, parked_bytes, state_bytes
 from dsfreeze.plan import FreezePlan, Phase
@@ -53,13 +54,14 @@ class Estimate:
 def estimate(
     anatomy: Anatomy, plan: FreezePlan, *, stage: int = 2, world_size: int = 1, dtype_bytes: int = 4,
     offload: bool = False, sequence_length: int = 512, phase: Phase | None = None, num_steps: int | None = None,
+    evict_prefix: bool = False,
 ) -> Estimate:  # fmt: skip
     """Price a plan (formulas and what they leave out: above).
 
     Bytes and `trainable` are those of `phase`, by default the one that holds most on the device, among equals in host
     memory. FLOPs are those of the phase, or the mean over the plan's steps; an open last phase ends at `num_steps`, and counts alone without it.
     `anatomy` may have the plan's adapters in place or not; `dtype_bytes` is that of weights and gradients (2 or 4);
-    `sequence_length` is in positions. UserError for a stage, a world size or an offload that does not exist.
+    `sequence_length` is in positions; with `evict_prefix` what lies below all that ever trains is not on the device. UserError for a stage, a world size or an offload that does not exist.
     """
     check_setting(stage, world_size, offload)
     adapted = as_trained(anatomy, plan)
@@ -68,19 +70,20 @@ def estimate(
     forward, backward = _mean_flops(adapted, plan if phase is None else _only(plan, phase), sequence_length, num_steps)
     return Estimate(
         **held_bytes(
-            adapted, plan, stage=stage, world_size=world_size, dtype_bytes=dtype_bytes, offload=offload, phase=phase
+            adapted, plan, stage=stage, world_size=world_size, dtype_bytes=dtype_bytes, offload=offload, phase=phase,
+            evict_prefix=evict_prefix,
         ),
         total=adapted.numel,
         forward_flops=forward,
         backward_flops=backward,
         full_forward_flops=full_forward,
         full_backward_flops=full_backward,
-    )
+    )  # fmt: skip
 
 
 def held_bytes(
     adapted: Anatomy, plan: FreezePlan, *, stage: int, world_size: int, dtype_bytes: int, offload: bool,
-    phase: Phase | None = None,
+    phase: Phase | None = None, evict_prefix: bool = False,
 ) -> dict[str, int]:  # fmt: skip
     """Those fields of an `Estimate` that depend on stage and ranks, of the phase or of the one that holds most."""
     numel = {t.name: t.numel for t in adapted.tensors}
@@ -88,9 +91,11 @@ def held_bytes(
     def count(names: Iterable[str]) -> int:
         return sum(numel[name] for name in names)
 
+    resident = adapted.numel - (count(evicted_tensors(adapted, plan.ever_trained)) if evict_prefix else 0)
+
     def bytes_of(priced: Phase, idle: int) -> dict[str, int]:
         trained = count(priced.trainable)
-        held = state_bytes(adapted.numel, trained, stage, world_size, dtype_bytes, offload)
+        held = state_bytes(resident, trained, stage, world_size, dtype_bytes, offload)
         parked = parked_bytes(plan, -(-idle // world_size) if stage else idle, dtype_bytes)
         held["on_host"] += parked if offload or plan.state != "keep" else 0
         return {**held, "parked": parked, "trainable": trained}

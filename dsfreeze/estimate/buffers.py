@@ -72,9 +72,9 @@ class Buffers:
 def buffers(
     anatomy: Anatomy, trainable: Iterable[str], sizes: Elements, *, stage: int = 2, world_size: int = 1,
     dtype_bytes: int = 4, offload: bool = False, bucket: int | None = None, overlap_comm: bool | None = None,
-    limits: Limits | None = None,
+    limits: Limits | None = None, cached: bool = False,
 ) -> Buffers:  # fmt: skip
-    """The table above. `sizes` are of the same anatomy, set and limits; `bucket` (elements) and `overlap_comm` default to what
+    """The table above. `sizes` are of the same anatomy, set, limits and `cached`; `bucket` (elements) and `overlap_comm` default to what
     the shipped configurations make of them. UserError for a stage, a world size or an offload that does not exist."""
     check_setting(stage, world_size, offload)
     chosen = frozenset(trainable)
@@ -91,7 +91,7 @@ def buffers(
         step_gradient=_step_gradient(anatomy, chosen, stage, world_size, dtype_bytes, offload),
         gathered_weights=dtype_bytes * sizes.peak if stage == 3 else 0,
         persistent_weights=persistent,
-        gather_copy=dtype_bytes * _gather_copy(anatomy, sizes, limits or Limits()) if stage == 3 else 0,
+        gather_copy=dtype_bytes * _gather_copy(anatomy, chosen, sizes, limits or Limits(), cached) if stage == 3 else 0,
         offload_staging=staging,
         permanent=persistent + staging + (reduce_bucket if stage == 3 else 0),
         on_host=staging and staging + dtype_bytes * -(-sizes.trainable // world_size),
@@ -111,6 +111,8 @@ def _step_gradient(
     return (4 + (dtype_bytes if rounded else 0)) * -(-max(map(sum, layers)) // world_size)
 
 
-def _gather_copy(anatomy: Anatomy, sizes: Elements, limits: Limits) -> int:
-    largest = max((t.numel for t in anatomy.tensors if t.numel > limits.persistence), default=0)
-    return min(limits.prefetch + largest, sizes.peak)
+def _gather_copy(anatomy: Anatomy, trainable: frozenset[str], sizes: Elements, limits: Limits, cached: bool) -> int:
+    """A tensor of a cached prefix is gathered only where it is also the head."""
+    skipped = {t.name for layer in anatomy.prefix(trainable) for t in layer.tensors if not t.aliases} if cached else ()
+    gathered = (t.numel for t in anatomy.tensors if t.numel > limits.persistence and t.name not in skipped)
+    return min(limits.prefetch + max(gathered, default=0), sizes.peak)

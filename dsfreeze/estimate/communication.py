@@ -76,17 +76,19 @@ class Communication:
 
 
 def elements(
-    anatomy: Anatomy, trainable: Iterable[str], limits: Limits | None = None, *, checkpointing: bool = False
-) -> Elements:
-    """Counted from the anatomy, adapters in place, and the names that train; `limits` are stage 3's."""
+    anatomy: Anatomy, trainable: Iterable[str], limits: Limits | None = None, *, checkpointing: bool = False,
+    cached: bool = False, evicted: frozenset[str] = frozenset(),
+) -> Elements:  # fmt: skip
+    """Counted from the anatomy, adapters in place, and the names that train; `limits` are stage 3's; `cached` when the prefix is read
+    from a cache, `evicted` its tensors that are not there at all."""
     chosen, limits = frozenset(trainable), limits or Limits()
-    passes = gathers(anatomy, chosen, limits, checkpointing=checkpointing)
+    passes = gathers(anatomy, chosen, limits, checkpointing=checkpointing, cached=cached)
     return Elements(
-        total=anatomy.numel,
+        total=anatomy.numel - sum(anatomy.by_name[name].numel for name in evicted),
         trainable=sum(t.numel for t in anatomy.tensors if t.name in chosen),
         gathered_forward=passes.forward,
         gathered_backward=passes.backward,
-        persistent=persistent(anatomy, limits),
+        persistent=persistent(anatomy, limits, evicted),
         peak=passes.peak,
     )
 

@@ -3,7 +3,8 @@
 A replay of DeepSpeed 0.19.8 (`runtime/zero/partitioned_param_coordinator.py`: `fetch_sub_module`,
 `release_sub_module`, `__params_to_release`) over the modules of an anatomy, in the order in which they run:
 
-- every module's own tensors are gathered before its forward, the frozen prefix's too;
+- every module's own tensors are gathered before its forward, the frozen prefix's too, unless its states are read from a cache: then
+  its modules do not run (from our loop, which runs the layers above alone; not counted against DeepSpeed's calls);
 - and before its backward, where its output needs a gradient: something in it trains, or something trainable feeds it.
   Below the cut there is no backward;
 - a recomputing block runs its forward once more in between. Its last module opens the block's backward; the others are
@@ -88,9 +89,11 @@ class _Use:
         return sum(t.numel for t in self.tensors)
 
 
-def gathers(anatomy: Anatomy, trainable: frozenset[str], limits: Limits, *, checkpointing: bool) -> Gathers:
-    """What stage 3 gathers in one pass, once its trace is complete (rules: above)."""
-    uses = list(_uses(anatomy, trainable, checkpointing))
+def gathers(
+    anatomy: Anatomy, trainable: frozenset[str], limits: Limits, *, checkpointing: bool, cached: bool = False
+) -> Gathers:
+    """What stage 3 gathers in one pass, once its trace is complete (rules: above); `cached` when the prefix's states are read."""
+    uses = list(_uses(anatomy, trainable, checkpointing, cached))
     keepers = _kept(uses, limits.reuse)
     queue = [(step, t) for step, use in enumerate(uses) for t in use.tensors if t.numel > limits.persistence]
     seen_at: dict[str, int] = {}  # the last use that the prefetcher has passed, by tensor
@@ -121,9 +124,9 @@ def gathers(anatomy: Anatomy, trainable: frozenset[str], limits: Limits, *, chec
     return Gathers(counts[0], counts[1], peak)
 
 
-def persistent(anatomy: Anatomy, limits: Limits) -> int:
-    """Elements that stay gathered, frozen ones too."""
-    return sum(t.numel for t in anatomy.tensors if t.numel <= limits.persistence)
+def persistent(anatomy: Anatomy, limits: Limits, evicted: frozenset[str] = frozenset()) -> int:
+    """Elements that stay gathered, frozen ones too, a cached prefix's too, but not those that are `evicted`."""
+    return sum(t.numel for t in anatomy.tensors if t.numel <= limits.persistence and t.name not in evicted)
 
 
 def _kept(uses: Sequence[_Use], reuse: int) -> set[tuple[int, str]]:
@@ -140,11 +143,11 @@ def _kept(uses: Sequence[_Use], reuse: int) -> set[tuple[int, str]]:
     return kept
 
 
-def _uses(anatomy: Anatomy, trainable: frozenset[str], checkpointing: bool) -> Iterator[_Use]:
+def _uses(anatomy: Anatomy, trainable: frozenset[str], checkpointing: bool, cached: bool) -> Iterator[_Use]:
     """Forward and backward of every module with tensors of its own, in the order in which they run."""
     modules, lowest = _modules(anatomy), _lowest(anatomy, trainable)
-    yield from (_Use(tensors, False) for _, _, tensors in modules)
     cut = anatomy.lowest_trainable(trainable)
+    yield from (_Use(tensors, False) for layer, _, tensors in modules if layer >= cut or not cached)
     recomputed = {n for n, layer in enumerate(anatomy.layers) if checkpointing and layer.is_block and n >= cut}
     backward = [
         (layer, _Use(tensors, True))

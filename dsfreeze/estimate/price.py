@@ -11,6 +11,9 @@ a row. Peaks are sums of what is alive at once, on one rank's device:
 
 Where a plan moves, memory is that of its fullest phase: the one that trains most, and the one that reaches lowest.
 
+With a prefix cache the price is that of a step that reads it, T h b bytes of states on the device in place of the prefix's passes; the
+first epoch, which fills it, costs what it would without. An evicted prefix (what lies below all that ever trains) has no weights there.
+
 Left out: what the framework, CUDA and the communication library take (0.5 to 1.5 GB on a GPU), the allocator's fragments, padding of batches.
 """
 
@@ -24,9 +27,10 @@ from dsfreeze.activations import Passes, TaskActivations
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.estimate import Estimate, as_trained, estimate, held_bytes
 from dsfreeze.estimate.buffers import Buffers, buffers
+from dsfreeze.estimate.caching import bytes_a_token, cached_layers, evicted_tensors
 from dsfreeze.estimate.communication import Communication, Elements, communication, elements
 from dsfreeze.estimate.flops import prefix_flops, recomputed_flops
-from dsfreeze.estimate.seconds import REDUCED, Seconds, Work, seconds
+from dsfreeze.estimate.seconds import REDUCED, Seconds, Work, reading_seconds, seconds
 from dsfreeze.estimate.states import check_setting
 from dsfreeze.hardware import Device
 from dsfreeze.plan import FreezePlan, Phase
@@ -79,6 +83,13 @@ class Price:
             dtype_bytes=setting.dtype_bytes, scale=scale,
         )  # fmt: skip
 
+    def cache_bandwidth(self, device: Device, scale: float = 1.0) -> float | None:
+        """Bytes a second at which a rank must read the prefix cache so that reading, done ahead, is not what a step waits for; None
+        without one."""
+        work, ranks = self.work, self.setting.world_size
+        reading = reading_seconds(device, work.cache_bytes, ranks, in_memory=work.cache_in_memory)
+        return work.cache_bytes / (self.on(device, scale).total - reading) if work.cache_bytes else None
+
 
 class PlanCost:
     """A plan's price as far as it is the same at every stage and world size."""
@@ -87,6 +98,7 @@ class PlanCost:
         self, anatomy: Anatomy, plan: FreezePlan, activations: TaskActivations, work: Workload,
         *, dtype_bytes: int = 2, sequence_length: int = 512, num_steps: int | None = None,
     ) -> None:  # fmt: skip
+        assert work.prefix_cache or not work.evict_prefix, "what is evicted is read from a cache"
         self.anatomy, self.plan, self.activations, self.work = as_trained(anatomy, plan), plan, activations, work
         self.dtype_bytes, self.length, self.num_steps = dtype_bytes, sequence_length, num_steps
         self.phases = tuple(_PhaseCost(self, phase) for phase in self._fullest())
@@ -108,7 +120,7 @@ class PlanCost:
         check_setting(setting.stage, setting.world_size, setting.offload)
         held = held_bytes(
             self.anatomy, self.plan, stage=setting.stage, world_size=setting.world_size,
-            dtype_bytes=setting.dtype_bytes, offload=setting.offload,
+            dtype_bytes=setting.dtype_bytes, offload=setting.offload, evict_prefix=self.work.evict_prefix,
         )  # fmt: skip
         return replace(self._alone, **held)
 
@@ -127,21 +139,25 @@ class _PhaseCost:
         work, anatomy, length = cost.work, cost.anatomy, cost.length
         checkpointing = work.gradient_checkpointing
         self.tokens = work.micro_batch_size * length
-        self.sizes: Elements = elements(anatomy, self.chosen, checkpointing=checkpointing)
+        self.reads = work.prefix_cache and cached_layers(anatomy, self.chosen) > 0
+        evicted = evicted_tensors(anatomy, cost.plan.ever_trained) if work.evict_prefix else frozenset()
+        self.sizes: Elements = elements(
+            anatomy, self.chosen, checkpointing=checkpointing, cached=self.reads, evicted=evicted
+        )
         self.passes: Passes = cost.activations.passes(
             anatomy, self.chosen, work.micro_batch_size, length, checkpointing=checkpointing,
             dropout=cost.plan.adapter.dropout if cost.plan.adapter else 0.0,
         )  # fmt: skip
         last = cost.activations.unrepeated(anatomy)
         self.recomputed = recomputed_flops(anatomy, self.chosen, length, last) if checkpointing else 0
-        self.spared = prefix_flops(anatomy, self.chosen, length) if work.prefix_cache else 0
-        self.cached = self.tokens * anatomy.hidden_size * cost.dtype_bytes if work.prefix_cache else 0
+        self.spared = prefix_flops(anatomy, self.chosen, length) if self.reads else 0
+        self.cached = self.tokens * anatomy.hidden_size * cost.dtype_bytes if self.reads else 0
 
     def price(self, setting: Setting, states: Estimate) -> Price:
         cost, work = self.cost, self.cost.work
         held = buffers(
             cost.anatomy, self.chosen, self.sizes, stage=setting.stage, world_size=setting.world_size,
-            dtype_bytes=setting.dtype_bytes, offload=setting.offload,
+            dtype_bytes=setting.dtype_bytes, offload=setting.offload, cached=self.reads,
         )  # fmt: skip
         sent = communication(
             self.sizes, stage=setting.stage, world_size=setting.world_size, dtype_bytes=setting.dtype_bytes,
@@ -200,7 +216,7 @@ class _PhaseCost:
 
     def _forward(self) -> tuple[int, ...]:
         """The fullest moment of each part's forward pass; a cached prefix is not run."""
-        skipped = self.cost.anatomy.lowest_trainable(self.chosen) if self.cached else 0
+        skipped = self.cost.anatomy.lowest_trainable(self.chosen) if self.reads else 0
         return self.passes.forward[min(skipped, len(self.passes.forward) - 1) :]
 
     def _fullest_backward(self, gradients: int, waiting: int) -> int:
@@ -234,8 +250,14 @@ class _PhaseCost:
             pass_bytes=work.gradient_accumulation_steps * self._pass_bytes + self._reduced_bytes(setting),
             stepped=stepped,
             on_host=setting.offload,
-            cache_bytes=work.gradient_accumulation_steps * self.cached,
+            cache_bytes=tokens * self._stored() if self.reads else 0,
+            cache_in_memory=work.cache_in_memory,
         )
+
+    def _stored(self) -> int:
+        """Bytes of a token as the cache holds it."""
+        cost = self.cost
+        return bytes_a_token(cost.anatomy.hidden_size, cost.work.prefix_cache_dtype, cost.dtype_bytes)
 
     def _reduced_bytes(self, setting: Setting) -> int:
         """Bytes that gradients move on their way through the bucket: at each micro-step, at stages 0 and 1 once, and at 0 only
@@ -253,12 +275,12 @@ class _PhaseCost:
         forward = [2 * size + more for size, (more, _) in zip(busy, adapters, strict=True)]
         backward = [3 * size + more for size, (_, more) in zip(busy, adapters, strict=True)]
         lowest = next(i for i, size in enumerate(self.passes.backward) if size)
-        first = lowest if self.cached else 0
+        first = lowest if self.reads else 0
         read = [layer.numel for layer in cost.anatomy.layers if layer.name != "embed"]
         cut = max(0, cost.anatomy.lowest_trainable(self.chosen) - 1)
         moved = sum(forward[first:]) + sum(backward[lowest:])
         moved += sum(forward[lowest:-1]) if cost.work.gradient_checkpointing else 0
-        forward_weights = sum(read[cut:] if self.cached else read)
+        forward_weights = sum(read[cut:] if self.reads else read)
         backward_weights = sum(read[cut:]) * (2 if cost.work.gradient_checkpointing else 1)
         return moved + cost.dtype_bytes * (forward_weights + backward_weights + self.sizes.trainable)
 

@@ -9,7 +9,8 @@
     optimizer      48 bytes an element stepped in fp32, 52 in bf16 (AdamW 28; gradient flattened, measured and clipped; the rounded weight written)
     links          bytes sent (`communication`) / ring bandwidth. Gathers of stage 3 hide behind a pass of equal length; the rest is
                    waited for, as in our configurations (overlap_comm is on at stage 3 alone)
-    host           bytes to and from host memory / PCIe, and the offloaded optimizer's 40 bytes an element at `HOST_STEP`
+    host           bytes to and from host memory / PCIe, the offloaded optimizer's 40 bytes an element at `HOST_STEP`, and a prefix
+                   cache's bytes at the rank's share of the storage, or of the way to host memory; none of it hides
 
 The two efficiencies are assumptions of ours, and so is `HOST_STEP`. A calibration replaces the absolute level: the factor between
 one measured run and this formula at the same setting multiplies everything that the device does itself, links and host
@@ -47,7 +48,8 @@ HOST_STEPPED = 40
 @dataclass(frozen=True)
 class Work:
     """What one rank's device does in one optimizer step: FLOPs of forward (recomputation included) and backward products, bytes
-    moved by the passes, elements that it steps, on the device or on the host, and bytes that it reads from a prefix cache."""
+    moved by the passes, elements that it steps, on the device or on the host, and bytes that it reads from a prefix cache, on disk
+    or in host memory."""
 
     forward_flops: float
     backward_flops: float
@@ -55,6 +57,7 @@ class Work:
     stepped: int
     on_host: bool = False
     cache_bytes: float = 0.0
+    cache_in_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,5 +99,13 @@ def seconds(
     hidden = sent.forward_weights + sent.backward_weights if stage == 3 else 0
     waited = (sent.sent - hidden) / ring + max(0.0, hidden / ring - products - memory)
     host = (sent.to_host + sent.from_host) / device.host_bandwidth
-    reading = work.cache_bytes / (device.storage_bandwidth / min(world_size, device.per_node))
+    reading = reading_seconds(device, work.cache_bytes, world_size, in_memory=work.cache_in_memory)
     return Seconds(products, memory, work.stepped * stepped, waited, host + reading)
+
+
+def reading_seconds(device: Device, size: float, world_size: int, *, in_memory: bool = False) -> float:
+    """Seconds in which each of a node's ranks reads `size` bytes of a prefix cache: from storage, which they share, or from host
+    memory over the device's own way, which only the ranks of a CPU share."""
+    if in_memory:
+        return size * device.sharers(world_size) / device.host_bandwidth
+    return size * min(world_size, device.per_node) / device.storage_bandwidth

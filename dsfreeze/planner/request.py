@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,11 @@ from dsfreeze.activations import Activations
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.budget import parse_limit
 from dsfreeze.errors import UserError
+from dsfreeze.estimate.caching import CacheCost
 from dsfreeze.estimate.price import PlanCost, Price
 from dsfreeze.hardware import DEVICES, Device, find_device
+from dsfreeze.plan import FreezePlan
+from dsfreeze.planner.caching import cache_of, visits_of
 from dsfreeze.planner.calibration import Calibration, calibrate
 from dsfreeze.planner.fit import Fit
 from dsfreeze.planner.sweep import STRATEGIES, Ground, plans_of
@@ -120,6 +123,20 @@ class Planner:
             options = {f"yours: {self.recipe.freeze.strategy}": own, **options}
         return plans_of(self.ground.anatomy, options, self.ground.num_steps)
 
+    def caches(self, plans: Mapping[str, FreezePlan]) -> dict[str, CacheCost]:
+        """The prefix cache of those that have a prefix, on the largest cluster; {} where none was asked for."""
+        ground, work = self.ground, self.ground.workload
+        found = {
+            label: cache_of(
+                ground.anatomy, plan, storage=work.prefix_cache_dtype, dtype_bytes=ground.dtype_bytes,
+                sequence_length=ground.sequence_length, device=ground.device, ranks=max(self.gpus),
+                visits=visits_of(self.recipe), scale=ground.scale,
+            )
+            for label, plan in plans.items()
+            if work.prefix_cache
+        }  # fmt: skip
+        return {label: cost for label, cost in found.items() if cost is not None}
+
     def fit(self, gpus: int) -> Fit:
         return Fit(self.ground, gpus, self.global_batch_size)
 
@@ -130,7 +147,8 @@ def make_planner(recipe: Recipe, request: Request, read: ReadAnatomy, num_steps:
     gpus = parse_gpus(request.gpus or ("1" if device.name == "cpu" else "1,8,64"))
     anatomy, notes = read(recipe)
     dtype_bytes = 2 if recipe.train.bf16 else 4
-    workload = replace(workload_of(recipe), prefix_cache=request.prefix_cache)
+    workload = workload_of(recipe)
+    workload = replace(workload, prefix_cache=workload.prefix_cache or request.prefix_cache)
     if request.global_batch_size is not None and request.fit is None:
         workload = replace(
             workload,

@@ -3,13 +3,10 @@
 Of every cell the fullest moment of a device, whether that fits, and what `tokens` of training take there; of every plan the
 smallest cluster that holds it, and where a prefix cache pays. A plan is profiled once (`PlanCost`), a cell is a few milliseconds.
 
-Of a plan with transformer layers below all that trains, two ways to the hidden state that enters what trains, a token:
-
-    recomputed   FLOPs of the prefix (`prefix_flops`) / (0.5 peak), the products alone
-    read         hidden_size x b bytes / bandwidth: to host memory each device's own, to storage its share of the node's
-
-and the whole step with the cache against without it, at the plan's smallest cluster: that step reads from storage, and spares the
-memory traffic of the prefix too. Filling the cache costs one pass over the data, and `bytes_a_token` of storage: it pays from the second epoch on.
+Of a plan with transformer layers below all that trains, two ways to the hidden state that enters what trains, recomputed or read
+from host memory or from storage, a token's seconds by `estimate.caching`; and the whole step with the cache against without it, at
+the plan's smallest cluster: that step reads from storage, and spares the memory traffic of the prefix too. Filling the cache costs no pass
+over the data, but `bytes_a_token` of storage: it pays from the second epoch on, or a later one.
 
 Left out: what the formulas leave out; more than data parallelism (no tensor, pipeline or sequence parallel); a price of idle devices.
 """
@@ -29,12 +26,12 @@ from rich.console import Console
 from dsfreeze import __version__
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.errors import UserError, did_you_mean
-from dsfreeze.estimate.flops import prefix_flops
+from dsfreeze.estimate.caching import CacheCost, cached_layers
 from dsfreeze.estimate.price import PlanCost
-from dsfreeze.estimate.seconds import EFFICIENCY
 from dsfreeze.files import write_whole
 from dsfreeze.hardware import FIGURES, Device, find_device
 from dsfreeze.plan import FreezePlan
+from dsfreeze.planner.caching import cache_of
 from dsfreeze.planner.request import MOST_GPUS, parse_gpus
 from dsfreeze.planner.sweep import WORTH, Ground, cell
 from dsfreeze.progress import Watch, watched
@@ -295,33 +292,33 @@ class _Case:
         states = self._cost.at(0, 1).states
         return {"parameters": states.total, "trainable": states.trainable, "flops_vs_full": states.flops_ratio}
 
-    @cached_property
-    def _prefix_flops(self) -> int:
-        return prefix_flops(self._cost.anatomy, self.plan.ever_trained, self.study.sequence_length)
-
     @property
     def has_prefix(self) -> bool:
         """Whether transformer layers lie below all that ever trains."""
-        return self._prefix_flops > 0
+        return cached_layers(self._cost.anatomy, self.plan.ever_trained) > 0
+
+    def _cache(self, gpus: int) -> CacheCost:
+        found = cache_of(
+            self.ground.anatomy, self.plan, storage="auto", dtype_bytes=self.study.dtype_bytes,
+            sequence_length=self.study.sequence_length, device=self.ground.device, ranks=gpus,
+        )  # fmt: skip
+        assert found is not None, "asked for where there is a prefix"
+        return found
 
     def cache(self, gpus: int, stage: int) -> Row:
         """Reading a token's prefix against recomputing it, and the step with it against without (formulas: above)."""
-        device, width = self.ground.device, self.study.dtype_bytes
-        size = self.ground.anatomy.hidden_size * width
-        recomputed = self._prefix_flops / (EFFICIENCY * device.flops(width))
-        from_host = size / device.host_bandwidth
-        from_storage = size * min(gpus, device.per_node) / device.storage_bandwidth
+        found = self._cache(gpus)
         with_cache = self.ground.cost(self.plan, replace(self.ground.workload, prefix_cache=True))
         without, cached = (cell(self.ground, cost, stage, gpus).seconds.total for cost in (self._cost, with_cache))
         return {
             "gpus": gpus,
             "stage": stage,
-            "bytes_a_token": size,
-            "recompute_seconds": recomputed,
-            "host_seconds": from_host,
-            "storage_seconds": from_storage,
-            "host_pays": recomputed / from_host,
-            "storage_pays": recomputed / from_storage,
+            "bytes_a_token": found.token_bytes,
+            "recompute_seconds": found.recompute_seconds,
+            "host_seconds": found.memory_seconds,
+            "storage_seconds": found.disk_seconds,
+            "host_pays": found.recompute_seconds / found.memory_seconds,
+            "storage_pays": found.recompute_seconds / found.disk_seconds,
             "seconds_per_step": without,
             "cached_seconds_per_step": cached,
             "step_speedup": without / cached,

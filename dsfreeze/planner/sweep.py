@@ -129,7 +129,7 @@ def advice(rows: Iterable[Row], index: int) -> dict[str, int | None]:
     return {strategy: best and best[0] for strategy, best in found.items()}
 
 
-def rows_as_dicts(rows: Iterable[Row]) -> list[dict[str, Any]]:
+def rows_as_dicts(ground: Ground, rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Plain values, a dict for each cell."""
     return [
         {
@@ -138,6 +138,7 @@ def rows_as_dicts(rows: Iterable[Row]) -> list[dict[str, Any]]:
             "host_bytes": at.price.host, "seconds_per_step": at.seconds.total, "seconds": asdict(at.seconds),
             "tokens_per_second": at.tokens_per_second, "flops_per_token": at.price.flops_per_token,
             "flops_per_step": at.price.flops_per_step, "sent_bytes": at.price.sent.sent, "sent": asdict(at.price.sent),
+            "cache_bandwidth": at.price.cache_bandwidth(ground.device, ground.scale),
         }
         for row in rows
         for at in row.cells

@@ -10,15 +10,18 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dsfreeze.estimate.caching import CacheCost, Tier
 from dsfreeze.estimate.price import Price
+from dsfreeze.planner.caching import cache_caption
 from dsfreeze.planner.fit import Found
 from dsfreeze.planner.request import Planner
 from dsfreeze.planner.sweep import Cell, Row, advice
 from dsfreeze.tables import gib, million
 
 
-def plan_table(planner: Planner, rows: Sequence[Row]) -> RenderableType:
-    """Peak bytes and seconds of a step for each strategy, stage and cluster; what does not fit in red, what to take in bold."""
+def plan_table(planner: Planner, rows: Sequence[Row], caches: Mapping[str, CacheCost] | None = None) -> RenderableType:
+    """Peak bytes and seconds of a step for each strategy, stage and cluster; what does not fit in red, what to take in bold; below it,
+    where a prefix cache was asked for, when that pays."""
     table = Table(title=_title(planner), title_justify="left", box=SIMPLE, pad_edge=False, caption_justify="left")
     for name, width in (("strategy", 13), ("trains", 6), ("ZeRO", 4)):
         table.add_column(name, no_wrap=True, min_width=width)
@@ -31,7 +34,11 @@ def plan_table(planner: Planner, rows: Sequence[Row]) -> RenderableType:
         shown = row.strategy
         cells = [_cell(at, chosen[i][row.strategy] == row.stage) for i, at in enumerate(row.cells)]
         table.add_row(row.strategy if first else "", f"{row.percent:.3g}%" if first else "", str(row.stage), *cells)
-    return Group(table, Text("\n".join(_caption(planner)), style="italic"))
+    lines, work = _caption(planner), planner.ground.workload
+    if work.prefix_cache:
+        tier: Tier = "memory" if work.cache_in_memory else "disk"
+        lines += cache_caption(caches or {}, planner.ground.device, max(planner.gpus), tier)
+    return Group(table, Text("\n".join(lines), style="italic"))
 
 
 def _cell(at: Cell, advised: bool) -> str:

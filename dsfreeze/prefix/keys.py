@@ -55,6 +55,7 @@ def manifest_of(
     *,
     model: str,
     config: PreTrainedConfig,
+    cut: int,
     layers: Sequence[str],
     attention: str | None,
     dtype: torch.dtype,
@@ -63,10 +64,11 @@ def manifest_of(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> dict[str, Any]:
-    """What a cache was made from, with its `fingerprint`. `layers`: digests of the prefix's layers, input first."""
+    """What a cache was made from, with its `fingerprint`. `layers`: digests of the prefix's layers, input first, of which `cut` are
+    transformer layers."""
     told = {
         "weights": _digest(layers),
-        "cut": len(layers),
+        "cut": cut,
         "config": _config_digest(config),
         "attention": attention or "",
         "dtype": str(dtype).removeprefix("torch."),

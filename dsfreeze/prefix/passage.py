@@ -137,6 +137,8 @@ def require_passable(passage: Passage, forward: Forward, batch: Mapping[str, tor
     shape = tuple(batch["input_ids"].shape)
     if kept.states is None or tuple(kept.states.shape[:2]) != shape:
         raise UserError(_refusal(passage, "its layers do not pass on one state for each token"))
+    # what a pass leaves lying about for upper layers to find is now that of other examples
+    forward({name: value[:1].expand_as(value) for name, value in batch.items()})
     try:
         with passage.over(Span(cut, kept.states)):
             again = forward(batch).logits

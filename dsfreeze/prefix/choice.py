@@ -1,0 +1,77 @@
+"""Whether a stretch of the run is worth caching, and where: what `freeze.prefix_cache` asks for, held against what there is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dsfreeze.anatomy import Anatomy, Layer
+from dsfreeze.engine.ranks import Ranks
+from dsfreeze.estimate.caching import CacheCost, Choice, asked_for, cache_cost, choose, require_room
+from dsfreeze.hardware import DEVICES, Device, find_device
+from dsfreeze.job import Job
+from dsfreeze.plan import FreezePlan, Phase
+from dsfreeze.prefix.codec import CODECS
+from dsfreeze.prefix.levels import free_disk, free_memory
+from dsfreeze.prefix.passage import cut_of
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps, the next one to the last, in which no layer of the prefix trains; `layers` are the prefix's, input first."""
+
+    cut: int
+    layers: tuple[Layer, ...]
+    trainable: tuple[str, ...]
+    num_steps: int
+
+
+def stretch_of(plan: FreezePlan, anatomy: Anatomy, phase: Phase, step: int, num_steps: int) -> Stretch:
+    """From `step` on, while the phases that follow leave this one's prefix alone. What an adaptive plan has not decided yet counts
+    as leaving it alone."""
+    cut = cut_of(anatomy, phase.trainable)
+    blocks = [layer for layer in anatomy.prefix(phase.trainable) if layer.is_block]
+    layers = anatomy.layers[: anatomy.layers.index(blocks[-1]) + 1] if blocks else ()
+    held = {tensor.name for layer in layers for tensor in layer.tensors}
+    ends = (p.first_step for p in plan.phases if p.first_step > phase.first_step and held & set(p.trainable))
+    return Stretch(cut, layers, phase.trainable, min(min(ends, default=num_steps), num_steps) - step)
+
+
+def choose_tier(job: Job, ranks: Ranks, stretch: Stretch, steps_per_epoch: int, tokens: tuple[int, int]) -> Choice:
+    """The tier, and why; UserError where the one asked for has no room."""
+    wanted = job.recipe.freeze.prefix_cache
+    if not stretch.cut:
+        return Choice("off", "off: no transformer layer lies below all that trains")
+    cost = _cost(job, ranks, stretch, steps_per_epoch, tokens)
+    room = {"free_memory": free_memory(ranks), "free_disk": free_disk(job.recipe.freeze.prefix_cache_dir)}
+    if wanted == "auto":
+        return choose(cost, **room)
+    require_room(wanted, cost, **room)
+    return asked_for(wanted, cost)
+
+
+def _cost(job: Job, ranks: Ranks, stretch: Stretch, steps_per_epoch: int, tokens: tuple[int, int]) -> CacheCost:
+    codec = CODECS[stored_as(job)]
+    device = _device(ranks.device)
+    return cache_cost(
+        job.anatomy, stretch.trainable, train_tokens=tokens[0], eval_tokens=tokens[1], sequence_length=job.recipe.data.max_length,
+        token_bytes=codec.bytes_per_token(job.anatomy.hidden_size), device=device, sharers=min(ranks.world_size, device.per_node),
+        visits=stretch.num_steps / steps_per_epoch, dtype_bytes=2 if job.recipe.train.bf16 else 4,
+    )  # fmt: skip
+
+
+def _device(device: torch.device) -> Device:
+    """What we know of the machine's device; a GPU that is not in our list is taken for the one it resembles most, an H100."""
+    if device.type == "cpu":
+        return find_device("cpu")
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "")
+    return find_device(next((known for known in DEVICES if known in name), "h100"))
+
+
+def stored_as(job: Job) -> str:
+    """The codec's name: `freeze.prefix_cache_dtype`, of which auto is the run's own precision."""
+    wanted = job.recipe.freeze.prefix_cache_dtype
+    if wanted != "auto":
+        return wanted
+    return "bf16" if job.recipe.train.bf16 else "fp32"

@@ -1,0 +1,114 @@
+"""Where the states of one cut are kept: opening a store for it, whoever else uses it.
+
+A level is one cut's store. On disk it is a folder that runs share; in memory it is the process's own, or, for several ranks, a
+folder in shared memory that is gone with the run. One run at a time writes a folder, all its ranks together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from dsfreeze.embedded import cache_folder
+from dsfreeze.engine.process import everyones
+from dsfreeze.engine.ranks import Ranks
+from dsfreeze.prefix.codec import CODECS
+from dsfreeze.prefix.folder import CacheFolder, free_bytes, others
+from dsfreeze.prefix.store import DiskStore, MemoryStore, Store
+
+#: A file system in memory that all processes of a machine see.
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(eq=False)
+class Level:
+    """The states that leave layer `cut - 1`, made by layers of these digests. `notes`: what there is to say of how it was opened."""
+
+    cut: int
+    digests: tuple[str, ...]
+    store: Store
+    where: str
+    notes: list[str] = field(default_factory=list)
+    folder: CacheFolder | None = None
+    #: A folder of this run alone, removed with it.
+    passing: Path | None = None
+
+    def close(self) -> None:
+        self.store.close()
+        if self.folder is not None:
+            self.folder.release()
+        if self.passing is not None:
+            shutil.rmtree(self.passing, ignore_errors=True)
+
+
+def open_level(
+    tier: str,
+    cut: int,
+    digests: tuple[str, ...],
+    manifest: Mapping[str, Any],
+    width: int,
+    ranks: Ranks,
+    folder: Path | None,
+) -> Level:
+    """The store of one cut in that tier (collective). `folder`: where caches lie on disk, None for the usual place."""
+    codec = CODECS[manifest["stored"]]
+    if tier == "memory" and ranks.world_size == 1:
+        return Level(cut, digests, MemoryStore(width, codec), "memory")
+    writer = f"rank{ranks.rank:05d}"
+    if tier == "memory":
+        own = SHARED_MEMORY / f"dsfreeze-{_one_name()}"
+        return Level(cut, digests, DiskStore(own, width, codec, writer, may_write=True), "shared memory", passing=own)
+    root = disk_root(folder)
+    cache = CacheFolder(root, dict(manifest))
+    may_write = _lock(cache, ranks)
+    store = DiskStore(cache.path, width, codec, writer, may_write=may_write)
+    notes = [cache.note] if cache.note else []
+    if len(store) == 0:
+        notes += [f"passed over: {sentence}" for sentence in others(root, manifest)]
+    return Level(cut, digests, store, str(cache.path), notes, cache)
+
+
+def stored_keys(manifest: Mapping[str, Any], width: int, folder: Path | None) -> Container[bytes]:
+    """The examples whose states lie in the folder of this manifest, if there is one; nothing in it is touched."""
+    path = CacheFolder(disk_root(folder), manifest).path
+    if not path.is_dir():
+        return frozenset()
+    return DiskStore(path, width, CODECS[manifest["stored"]], "looking", may_write=False)
+
+
+def disk_root(folder: Path | None) -> Path:
+    return Path(folder).expanduser() if folder else cache_folder() / "prefix"
+
+
+def free_memory(ranks: Ranks) -> int:
+    """Bytes that states may come to lie in, on this machine."""
+    available = psutil.virtual_memory().available
+    if ranks.world_size == 1:
+        return available
+    return min(available, shutil.disk_usage(SHARED_MEMORY).free) if SHARED_MEMORY.is_dir() else 0
+
+
+def free_disk(folder: Path | None) -> int:
+    return free_bytes(disk_root(folder))
+
+
+def _one_name() -> str:
+    """A name that nobody else has, the same on every rank (collective)."""
+    return everyones(uuid.uuid4().hex)[0]
+
+
+def _lock(cache: CacheFolder, ranks: Ranks) -> bool:
+    """Whether this run may write: its first rank on each machine takes the lock for all there (collective)."""
+    machine = f"{socket.gethostname()}-{os.environ.get('SLURM_NODEID', '')}"
+    mine = cache.lock() if ranks.local_rank == 0 else None
+    told = [json.loads(text) for text in everyones(json.dumps([machine, mine]))]
+    return any(got for where, got in told if where == machine)

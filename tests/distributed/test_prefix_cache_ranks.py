@@ -1,0 +1,47 @@
+"""The prefix cache on two ranks. Oracle: the local engine without a cache, with the same global batch; what each rank says of hits."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from forks import run_ranks
+from test_train import STAGES, losses, train, values
+from tiny_runs import tiny_recipe
+
+EPOCHS = {"max_steps": -1, "num_train_epochs": 3, "learning_rate": 1e-3, "eval_strategy": "epoch"}
+
+
+def cached(folder: Path, tier: str, **freeze):
+    freeze = {"prefix_cache": tier, "prefix_cache_dir": str(folder / "cache"), **freeze}
+    return tiny_recipe(folder, freeze=freeze, train=EPOCHS)
+
+
+@pytest.mark.parametrize("tier", ["memory", "disk"])
+def test_every_stage_has_the_losses_of_a_run_without_a_cache(tmp_path, tier):
+    """45 examples in batches of 4, so that the ranks meet other examples in each epoch, and a filler at its end."""
+    plain = train(values(cached(tmp_path, "off"), "local", tmp_path / "local", ranks=1))
+    expected = losses(tmp_path / "local")
+    for zero in STAGES:
+        recipe = cached(tmp_path / zero, tier) if tier == "disk" else cached(tmp_path, tier)
+        summaries = run_ranks(train, values(recipe, zero, tmp_path / zero / "run", ranks=2), timeout=120)
+        assert losses(tmp_path / zero / "run") == pytest.approx(expected, rel=1e-5), zero
+        assert summaries[0]["metrics"]["after"] == pytest.approx(plain["metrics"]["after"], abs=1e-5)
+        told = summaries[0]["prefix_cache"]
+        assert (told["tier"], told["cut"], told["hits"], told["examples"]) == (tier, 2, 90, 135), zero
+        assert told["evaluation_hits"] == told["evaluation_examples"] * 3 // 4
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith("dsfreeze-")], "shared memory is given back"
+
+
+def test_a_second_run_reads_what_the_first_one_stored(tmp_path):
+    """Other seed, other learning rate, another stage and world size: every example is there from the first step on."""
+    first = values(cached(tmp_path, "disk"), "zero2", tmp_path / "first", ranks=2)
+    run_ranks(train, first, timeout=120)
+    recipe = cached(tmp_path, "disk")
+    again = values(recipe, "zero3", tmp_path / "second", ranks=2, seed=7, learning_rate=3e-3)
+    told = run_ranks(train, again, timeout=120)[0]["prefix_cache"]
+    assert told["hits"] == told["examples"] == 135
+    plain = train(values(cached(tmp_path, "off"), "local", tmp_path / "plain", ranks=1, seed=7, learning_rate=3e-3))
+    assert losses(tmp_path / "second") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    assert plain["prefix_cache"] is None
