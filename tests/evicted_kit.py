@@ -29,7 +29,7 @@ class Stepper:
         self.job: Job = prepare_job(recipe)
         self.store, self.passage = Shelf(), Passage(self.job.module, self.job.anatomy)
         if self.job.eviction:
-            prefill(self.job, self.store, shared=False)
+            prefill(self.job, self.store)
         self.engine: Engine = build_engine(self.job.module, self.job.held, recipe, self.job.plan)
         self.engine.enter(self.job.plan.phases[0])
         train, ranks = recipe.train, read_ranks()

@@ -44,7 +44,7 @@ class States(Protocol):
     def add(self, key: bytes, states: torch.Tensor) -> None: ...
     def read(self, key: bytes, out: torch.Tensor) -> bool: ...
     def flush(self) -> None: ...
-    def refresh(self) -> None: ...
+    def refresh(self) -> object: ...
     def close(self) -> None: ...
 
 
@@ -122,11 +122,17 @@ class Filled:
 
 
 def prefill(
-    job: Job, store: States, *, shared: bool, scratch: Callable[[], States] = Shelf, watch: Watch[Any] = iter
+    job: Job,
+    store: States,
+    *,
+    share: tuple[int, int] = (0, 1),
+    scratch: Callable[[], States] = Shelf,
+    watch: Watch[Any] = iter,
 ) -> Filled:
     """Complete the store of a job whose prefix is evicted (collective); before its engine is built, for the device is empty then.
 
-    `shared`: whether ranks see what others add, and so compute a part each; without it every rank computes everything.
+    `share`: this rank's number among the ranks that see what it adds, and how many these are: they compute a part each. UserError
+    where the store did not take everything.
     """
     assert job.eviction is not None, "nothing is evicted"
     recipe, ranks, cut = job.recipe, read_ranks(), job.eviction.cut
@@ -135,9 +141,10 @@ def prefill(
         dtype_of(recipe),
         recipe.train.per_device_eval_batch_size,
         room=room_of(recipe, job.plan, job.plain),
-        share=(ranks.rank, ranks.world_size) if shared else (0, 1),
+        share=share,
         scratch=scratch,
     )
+    together(store.refresh)  # all see the same before anybody adds, and so share out the same examples
     filled = together(lambda: fill(job.read_part, job.data, job.plain, cut, store, work, watch))
     everybody_has(job.data, store)
     return filled
@@ -185,7 +192,13 @@ def everybody_has(data: TaskData, store: States) -> None:
 
     def require() -> None:
         if missing := len(lacking(data, store)):
-            raise UserError(f"The prefix cache lacks {missing} examples after it was filled.")
+            why = getattr(store, "failure", None) or (
+                "it could not be written, by reason of another run that writes it or of values that freeze.prefix_cache_dtype cannot hold"
+            )
+            raise UserError(
+                f"The prefix cache lacks {missing} examples after it was filled ({why}), and without the prefix's weights they cannot "
+                "be computed on the way. Name another freeze.prefix_cache_dir, or write freeze.evict_prefix: false."
+            )
 
     together(require)
 

@@ -11,11 +11,13 @@ from forks import run_ranks
 from tiny_runs import tiny_recipe
 
 from dsfreeze.engine.process import process_group
+from dsfreeze.errors import UserError
+from dsfreeze.job import prepare_job
+from dsfreeze.prefix.codec import CODECS
+from dsfreeze.prefix.store import DiskStore
 from dsfreeze.prefix.streaming import Shelf, prefill
 from dsfreeze.recipe import Recipe
 from dsfreeze.saving import save_model
-
-WHOLE: dict[str, list[float]] = {}
 
 
 def run(text: str) -> tuple[list[float], int, int]:
@@ -54,23 +56,27 @@ def test_every_stage_trains_the_suffix_as_it_trains_the_whole(tmp_path: Path, ze
             assert torch.equal(tensor, base[name])
 
 
-def everything_and_own_share(text: str) -> tuple[int, str]:
-    """How many examples this rank computes when ranks do not share, and what it is told when they should but do not."""
-    from dsfreeze.job import prepare_job
-
+def fill_together(text: str, folder: str) -> tuple[int, int, str]:
+    """How many examples this rank computes where ranks share a folder, and how many the store has then; and what it is told where they
+    should share and do not."""
     recipe = Recipe.model_validate_json(text)
-    with process_group(recipe):
-        job = prepare_job(recipe)
-        everything = prefill(job, Shelf(), shared=False).examples
+    with process_group(recipe) as ranks:
+        job, share = prepare_job(recipe), (ranks.rank, ranks.world_size)
+        store = DiskStore(Path(folder), 32, CODECS["fp32"], f"rank{ranks.rank}", may_write=True)
+        computed, found = prefill(job, store, share=share).examples, len(store)
+        assert prefill(job, store, share=share).examples == 0
+        store.close()
         try:
-            prefill(job, Shelf(), shared=True)
-        except ValueError as error:
-            return everything, str(error)
-        return everything, ""
+            prefill(job, Shelf(), share=share)
+        except UserError as error:
+            return computed, found, str(error)
+        return computed, found, ""
 
 
-def test_a_store_that_lacks_examples_is_an_error_on_every_rank(tmp_path: Path) -> None:
+def test_ranks_fill_one_store(tmp_path: Path) -> None:
+    """Each computes a part and sees all; a store that lacks examples after all is an error on every rank."""
     recipe = evicted(changed(tiny_recipe(tmp_path), zero="zero2"))
-    found = run_ranks(everything_and_own_share, recipe.model_dump_json(exclude_unset=True))
-    assert found[0][0] == found[1][0] > 20
-    assert all("lacks" in told and "after it was filled" in told for _, told in found)
+    found = run_ranks(fill_together, recipe.model_dump_json(exclude_unset=True), str(tmp_path / "store"))
+    assert found[0][1] == found[1][1] == found[0][0] + found[1][0]
+    assert min(found[0][0], found[1][0]) > 20
+    assert all("lacks" in told and "after it was filled" in told for *_, told in found)
