@@ -66,7 +66,7 @@ def export_folder(source: Path, output: Path, *, delta: bool, base: str | None) 
         raise UserError(f"{source} is no run: it has no {RECIPE}. Name a run's folder, or a checkpoint-N in one.")
     require_writable(output)
     checkpoint = open_checkpoint(source) if source != run else _newest_checkpoint(run)
-    job = prepare_job(load_recipe(run / RECIPE, []), checkpoint.trainer_state["num_steps"])
+    job = prepare_job(load_recipe(run / RECIPE, []), checkpoint.trainer_state["num_steps"], whole=True)
     require_same(checkpoint, job.plan, job.base)
     done = checkpoint.plan.until(checkpoint.step)
     weights = {name: entry["weight"] for name, entry in checkpoint.state().items()}

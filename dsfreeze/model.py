@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from dsfreeze.anatomy import Anatomy
 from dsfreeze.anatomy_reader import read_anatomy
 from dsfreeze.embedded import EMBEDDED, embedded_folder, gguf_folder
 from dsfreeze.errors import UserError, did_you_mean
+from dsfreeze.parts import Reading, head_names, reading_only
 from dsfreeze.quiet import quiet_transformers
 from dsfreeze.recipe import ModelOptions
 from dsfreeze.shapes import SHAPES, added, is_added, known_anatomy, list_models
@@ -71,21 +72,23 @@ def load_model(
     task: str,
     num_labels: int | None,
     *,
-    labels: list[str] | None = None,
+    labels: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 42,
+    kept: Collection[str] | None = None,
 ) -> nn.Module:
     """The module for `task`, weights in `dtype` on the CPU; a head the weights lack is drawn from `seed`.
 
     `num_labels` counts classes (1: regression) for classification and tokens, and is not looked at otherwise. Warns
     when weights other than a head's are missing or left over; UserError when the model cannot be found, read, or do the
-    task.
+    task. `kept` names the tensors to read, the others are None (`dsfreeze.parts`); then what is missing is a UserError, and
+    nothing is said about what is left over.
     """
     config = _task_config(options, task, num_labels, labels)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), reading_only(kept) as reading:
         torch.manual_seed(seed)
         module, info = _from_pretrained(options, task, config, dtype)
-    _report_keys(options, module, info)
+    _report_keys(options, module, info, reading)
     module.config.use_cache = False
     module.config.pad_token_id = _pad_token_id(options, module.config)
     generation = getattr(module, "generation_config", None)
@@ -117,10 +120,16 @@ def anatomy_of(options: ModelOptions, task: str, num_labels: int | None) -> Anat
     known = known_anatomy(options.name, task, num_labels)
     if known is not None:
         return known
-    config = _task_config(options, task, num_labels, None)
+    return read_anatomy(outline_of(options, task, num_labels), options.name)
+
+
+def outline_of(
+    options: ModelOptions, task: str, num_labels: int | None, *, labels: Sequence[str] | None = None
+) -> nn.Module:
+    """The module that `load_model` gives, on the meta device: classes, names and shapes without memory."""
+    config = _task_config(options, task, num_labels, labels)
     with torch.device("meta"), quiet_transformers():
-        module = AUTO_CLASSES[task].from_config(config, trust_remote_code=options.trust_remote_code)
-    return read_anatomy(module, options.name)
+        return AUTO_CLASSES[task].from_config(config, trust_remote_code=options.trust_remote_code)
 
 
 def activations_of(options: ModelOptions, task: str, *, attention: str | None, dtype_bytes: int) -> Activations:
@@ -152,19 +161,25 @@ def base_hash(source: nn.Module | Path) -> str:
     Of a folder: its safetensors files, in the order of their names. Of a module: name, shape, dtype and bytes of every
     parameter, a fresh head included.
     """
-    digest = hashlib.sha256()
     if isinstance(source, nn.Module):
-        for name, parameter in source.named_parameters():
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-            flat = parameter.detach().to("cpu").contiguous().flatten()
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
-        return digest.hexdigest()
+        return hash_tensors(source.named_parameters())
+    digest = hashlib.sha256()
     files = sorted(Path(source).glob("*.safetensors"))
     if not files:
         raise UserError(f"{source} holds no safetensors file.")
     for file in files:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def hash_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over name, shape, dtype and bytes of each tensor, in the order given; they need not be there all at once."""
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        flat = tensor.detach().to("cpu").contiguous().flatten()
+        digest.update(memoryview(flat.view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
@@ -214,7 +229,7 @@ def _read_config(options: ModelOptions) -> PreTrainedConfig:
 
 
 def _task_config(
-    options: ModelOptions, task: str, num_labels: int | None, labels: list[str] | None
+    options: ModelOptions, task: str, num_labels: int | None, labels: Sequence[str] | None
 ) -> PreTrainedConfig:
     """The model's config with labels, problem type and dropout set; UserError when it cannot do the task."""
     config = _read_config(options)
@@ -318,10 +333,10 @@ def _require_safetensors(folder: Path) -> None:
         )
 
 
-def _report_keys(options: ModelOptions, module: nn.Module, info: dict[str, Any]) -> None:
-    """Warn about weights that did not find their place, heads apart; UserError when a size does not fit or none did."""
-    anatomy = _quiet_anatomy(module, options.name)
-    head = {n for layer in anatomy.layers if layer.name == "head" for t in layer.tensors for n in (t.name, *t.aliases)}
+def _report_keys(options: ModelOptions, module: nn.Module, info: dict[str, Any], reading: Reading) -> None:
+    """Warn about weights that did not find their place, heads apart; UserError when a size does not fit or none did, or a part lacks any."""
+    anatomy = reading.anatomy or _quiet_anatomy(module, options.name)
+    head = head_names(anatomy)
     mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
     wrong = sorted(set(mismatched) - head)
     if wrong:
@@ -330,6 +345,11 @@ def _report_keys(options: ModelOptions, module: nn.Module, info: dict[str, Any])
         )
     missing = sorted(set(info["missing_keys"]) - head)
     module.has_fresh_head = bool(head & {*info["missing_keys"], *mismatched})
+    if missing and reading.kept is not None:
+        raise UserError(
+            f"'{options.name}' lacks weights ({_some(missing)}), and a model that is read in parts must have them all, its "
+            "head apart. Write freeze.evict_prefix: false."
+        )
     blocks = {t.name for t in anatomy.block_tensors}
     if blocks <= set(missing):
         raise UserError(
@@ -337,6 +357,8 @@ def _report_keys(options: ModelOptions, module: nn.Module, info: dict[str, Any])
         )
     if missing:
         warnings.warn(f"'{options.name}' lacks weights, drawn at random: {_some(missing)}.", stacklevel=3)
+    if reading.kept is not None:
+        return
     unexpected = sorted(k for k in info["unexpected_keys"] if not set(k.split(".")[:2]) & set(OTHER_HEADS))
     if unexpected:
         warnings.warn(f"'{options.name}' has weights that the model does not use: {_some(unexpected)}.", stacklevel=3)

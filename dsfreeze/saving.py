@@ -104,12 +104,20 @@ def save_checkpoint(engine: Engine, job: Job, step: int, trainer_state: Mapping[
 
 
 def save_model(engine: Engine, job: Job, metrics: Mapping[str, float]) -> Path:
-    """Write the trained model to output_dir/model; returns the folder (collective)."""
+    """Write the trained model to output_dir/model; returns the folder (collective).
+
+    Where the prefix is evicted rank 0 reads the whole model again, into host memory, for the prefix's own tensors."""
     folder = job.output_dir / MODEL
-    weights = engine.export_weights(t.name for t in job.anatomy.tensors)
+    weights = engine.export_weights(t.name for t in job.held.tensors)
     _on_leader(
         lambda: export_model(
-            folder, job.module, job.tokenizer, weights=weights, plan=job.plan, recipe=job.recipe, metrics=metrics
+            folder,
+            job.whole_module(),
+            job.tokenizer,
+            weights=weights,
+            plan=job.plan,
+            recipe=job.recipe,
+            metrics=metrics,
         )
     )
     return folder

@@ -45,6 +45,11 @@ def freed_memory_given_back() -> Iterator[None]:
         set_option(_MMAP_THRESHOLD, _USUAL)
 
 
+def give_back() -> None:
+    """Have the C library give back what it keeps of freed memory now, where it is glibc: small blocks, and those of other threads."""
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
+
+
 class Meter:
     """Allocated and peak bytes: the CUDA allocator's on a GPU, the resident set of the process on a CPU."""
 

@@ -37,7 +37,8 @@ class Modes:
     """Switches a module between training (prefix in eval mode) and evaluation.
 
     Modules without parameters that stand beside the layers (GPT-2's `drop`, T5's stack dropout, a classifier's dropout)
-    are in eval mode until the last prefix layer has run, and in training mode from there on.
+    are in eval mode until the last prefix layer has run, and in training mode from there on. Where the prefix's weights are
+    evicted, its layers have a place in the anatomy and no tensors.
     """
 
     def __init__(self, module: nn.Module, anatomy: Anatomy, trainable: Iterable[str], checkpointing: bool) -> None:
@@ -47,20 +48,23 @@ class Modes:
         self.loose: list[nn.Module] = []
         if prefix:
             named = by_name(module)
-            self._sort(module, {id(named[t.name]) for layer in prefix for t in layer.tensors})
+            evicted = {id(module.get_submodule(layer.path)) for layer in prefix if layer.is_block and not layer.tensors}
+            self._sort(module, {id(named[t.name]) for layer in prefix for t in layer.tensors}, evicted)
         ends = _modules_of(module, prefix[-1]) if self.loose else ()
         self._handles = [m.register_forward_hook(self._leave_prefix) for m in ends]
         self._checkpointed = _checkpoint(module, anatomy.layers[len(prefix) :]) if checkpointing else []
 
-    def _sort(self, module: nn.Module, prefix: set[int]) -> None:
+    def _sort(self, module: nn.Module, prefix: set[int], evicted: set[int]) -> None:
+        if id(module) in evicted:
+            return
         held = {id(p) for p in module.parameters()}
         if not held:
             self.loose.append(module)
         elif held <= prefix:
             self.frozen.append(module)
-        elif held & prefix:
+        elif held & prefix or any(id(part) in evicted for part in module.modules()):
             for child in module.children():
-                self._sort(child, prefix)
+                self._sort(child, prefix, evicted)
 
     def train(self) -> None:
         """Training mode, whoever called `train()` or `eval()` in between; cheap when nobody did."""
