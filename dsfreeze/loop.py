@@ -89,6 +89,7 @@ class Run:
         resumed = find_start(self.job, self.total, self.loader.global_batch_size)
         if resumed and self.job.plan.decide_at is not None:
             self.job.plan = resumed.plan  # an adaptive plan, as far as it has been decided
+        self.prefix.prefill()
         engine = build_engine(self.job.module, self.job.held, self.job.recipe, self.job.plan)
         try:
             self.phases.start(engine, resumed.step if resumed else 0)

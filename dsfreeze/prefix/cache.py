@@ -11,29 +11,30 @@ rank. `read` alone runs in the read-ahead thread too.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 
-from dsfreeze.anatomy import Layer
 from dsfreeze.data.examples import Batch
 from dsfreeze.engine import Engine
-from dsfreeze.engine.process import everyones
 from dsfreeze.engine.ranks import Ranks
+from dsfreeze.errors import UserError
 from dsfreeze.estimate.caching import Choice
-from dsfreeze.job import Job
-from dsfreeze.model_card import public_name
+from dsfreeze.job import Job, dtype_of
 from dsfreeze.plan import FreezePlan, Phase
-from dsfreeze.prefix.choice import Stretch, choose_tier, stored_as, stretch_of
-from dsfreeze.prefix.keys import layer_digest, manifest_of
-from dsfreeze.prefix.levels import Level, open_level, stored_keys
-from dsfreeze.prefix.passage import Kept, Passage, Span, cut_of, require_passable
+from dsfreeze.prefix.choice import Stretch, choose_tier, precise, stretch_of
+from dsfreeze.prefix.holdings import Holdings, ReadWeight
+from dsfreeze.prefix.levels import Level
+from dsfreeze.prefix.passage import Kept, Passage, Span, cut_of, require_passable, require_suffix
 from dsfreeze.prefix.rows import Rows
+from dsfreeze.prefix.streaming import prefill
+from dsfreeze.progress import Watch, watched
 
 
 @dataclass(frozen=True)
@@ -78,28 +79,40 @@ class Times:
 
 
 class PrefixCache:
-    """Use: `enter` a phase (before its first pass); `around` every forward pass; `share` at an epoch's end; `close`."""
+    """Use: `prefill` before the engine is built; `enter` a phase before its first pass; `around` every forward pass; `share` at an
+    epoch's end; `close`."""
 
     def __init__(self, job: Job, ranks: Ranks, console: Console, num_steps: int, steps_per_epoch: int) -> None:
         self.job, self.ranks, self.console = job, ranks, console
         self.num_steps, self.steps_per_epoch = num_steps, steps_per_epoch
-        self.options = job.recipe.freeze
-        self.wanted = self.options.prefix_cache != "off"
-        self.dtype = torch.bfloat16 if job.recipe.train.bf16 else torch.float32
+        self.wanted = job.recipe.freeze.prefix_cache != "off"
+        self.dtype = dtype_of(job.recipe)
         self.train = Rows(job.data.train) if job.data.train is not None else None
         self.eval = Rows(job.data.eval) if job.data.eval is not None else None
         self.view = View()
         self.trained, self.evaluated, self.times = Tally(), Tally(), Times()
         self.tier, self.reason = "off", ""
+        self.holdings = Holdings(job, ranks)
         self._passage: Passage | None = None
         self._phase: Phase | None = None
-        self._digests: dict[str, str] = {}
-        self._levels: list[Level] = []
         self._passable: set[int] = set()
         self._missed = False
-        self._told: set[str] = set()
+        self._told: dict[str, None] = {}
 
     # -- phases ------------------------------------------------------------------------------------------------
+
+    def prefill(self) -> None:
+        """Complete the cache of an evicted prefix (collective); nothing where none is evicted."""
+        if self.job.eviction is None:
+            return
+        plan, anatomy = self.job.plan, self.job.anatomy
+        lowest = min(plan.phases, key=lambda phase: cut_of(anatomy, phase.trainable))
+        level = self._open(stretch_of(plan, anatomy, lowest, 0, self.num_steps), _no_weights)
+        assert level is not None, "an evicted prefix is always cached"
+        scratch = partial(level.scratch, anatomy.hidden_size, precise(self.job.recipe))
+        watch: Watch[Any] = watched(self.console, "filling the prefix cache")
+        filled = prefill(self.job, level.store, share=level.share, scratch=scratch, watch=watch)
+        self._tell(f"prefix cache: filled with {filled}; the prefix's weights are not held")
 
     def enter(self, engine: Engine, phase: Phase, step: int) -> None:
         """Follow the engine into a phase: its cut, and whether to store there (collective; free when the set is the same)."""
@@ -107,83 +120,52 @@ class PrefixCache:
             self._phase = phase
             return
         left, self._phase = self._phase, phase
-        self._forget(left.trainable if left is not None else _trained_before(self.job.plan, step))
+        self.holdings.forget(left.trainable if left is not None else _trained_before(self.job.plan, step))
         self.view = View()  # until it is settled what may be read
-        self._open(engine, stretch_of(self.job.plan, self.job.anatomy, phase, step, self.num_steps))
-        self._drop_stale()
-        cut = cut_of(self.job.anatomy, phase.trainable)
-        usable = [level for level in self._levels if level.cut <= cut]
-        self.view = View(cut if usable else 0, tuple(sorted(usable, key=lambda level: -level.cut)))
+        stretch = stretch_of(self.job.plan, self.job.anatomy, phase, step, self.num_steps)
+        self._open(stretch, engine.read_weight)
+        self.holdings.drop_stale()
+        usable = [level for level in self.holdings.levels if level.cut <= stretch.cut]
+        self.view = View(stretch.cut if usable else 0, tuple(sorted(usable, key=lambda level: -level.cut)))
+        if usable:
+            self._require_passable(engine)
 
-    def _forget(self, trained: Iterable[str]) -> None:
-        """Layers that have trained are not what their digests say any more."""
-        for name in {self.job.anatomy.layer_of[t].name for t in trained}:
-            self._digests.pop(name, None)
-
-    def _open(self, engine: Engine, stretch: Stretch) -> None:
+    def _open(self, stretch: Stretch, read: ReadWeight) -> Level | None:
+        """The stretch's level: open already, or worth opening."""
+        if stretch.cut and (there := self.holdings.find(stretch, read)):
+            return there
         choice = choose_tier(self.job, self.ranks, stretch, self.steps_per_epoch, self._tokens())
-        if self.options.prefix_cache == "auto" and stretch.cut and self._lies_on_disk(engine, stretch):
+        auto = self.job.recipe.freeze.prefix_cache == "auto"
+        if auto and stretch.cut and self.holdings.lie_on_disk(stretch, read, self.train):
             choice = Choice("disk", "disk: another run has stored the states of these examples")
-        if choice.tier != "off":
-            self._open_level(engine, stretch, choice)
-        if choice.tier != "off" or self.tier == "off":
-            self.tier, self.reason = choice.tier, choice.reason
         self._tell(f"prefix cache: {choice.reason}")
-
-    def _open_level(self, engine: Engine, stretch: Stretch, choice: Choice) -> None:
-        digests = self._digests_of(engine, stretch.layers)
-        if any(level.digests == digests for level in self._levels):
-            return
-        self._require_passable(engine, stretch.cut)
-        manifest, width = self._manifest(stretch.cut, digests, engine.device), self.job.anatomy.hidden_size
-        folder = self.options.prefix_cache_dir
-        level = open_level(choice.tier, stretch.cut, digests, manifest, width, self.ranks, folder)
-        self._levels.append(level)
+        if choice.tier == "off":
+            self.reason = self.reason or choice.reason
+            return None
+        self.tier, self.reason = choice.tier, choice.reason
+        level = self.holdings.open(stretch, choice, read)
         for note in level.notes:
             self._tell(f"prefix cache: {note}")
+        return level
 
-    def _lies_on_disk(self, engine: Engine, stretch: Stretch) -> bool:
-        """Whether every rank finds all training examples in a folder (collective)."""
-        manifest = self._manifest(stretch.cut, self._digests_of(engine, stretch.layers), engine.device)
-        stored = stored_keys(manifest, self.job.anatomy.hidden_size, self.options.prefix_cache_dir)
-        rows = self.train
-        found = bool(stored) and rows is not None and all(rows.key(i) in stored for i in range(len(rows.examples)))
-        return set(everyones(str(found))) == {"True"}
-
-    def _manifest(self, cut: int, digests: tuple[str, ...], device: torch.device) -> dict[str, Any]:
-        config, recipe = self.job.module.config, self.job.recipe
-        return manifest_of(
-            model=public_name(recipe.model.name), config=config, cut=cut, layers=digests,
-            attention=getattr(config, "_attn_implementation", None), dtype=self.dtype, stored=stored_as(self.job),
-            device=device.type, tokenizer=self.job.tokenizer, max_length=recipe.data.max_length,
-        )  # fmt: skip
-
-    def _digests_of(self, engine: Engine, layers: Sequence[Layer]) -> tuple[str, ...]:
-        for layer in layers:
-            if layer.name not in self._digests:
-                weights = {tensor.name: engine.read_weight(tensor.name) for tensor in layer.tensors}
-                self._digests[layer.name] = layer_digest(layer, weights)
-        return tuple(self._digests[layer.name] for layer in layers)
-
-    def _drop_stale(self) -> None:
-        """Close the levels whose layers have trained since."""
-        layers = [layer.name for layer in self.job.anatomy.layers]
-        for level in list(self._levels):
-            if any(self._digests.get(name) != own for name, own in zip(layers, level.digests, strict=False)):
-                level.close()
-                self._levels.remove(level)
-
-    def _require_passable(self, engine: Engine, cut: int) -> None:
+    def _require_passable(self, engine: Engine) -> None:
+        """Two examples through the model with and without its prefix (collective at stage 3); UserError where that differs."""
         if self._passage is None:
             self._passage = Passage(engine.module, self.job.anatomy)
-        rows = self.train or self.eval
+        rows, cut = self.train or self.eval, self.view.cut
         if cut in self._passable or rows is None:
             return
+        self._passable.add(cut)
         shortest = np.argsort(rows.examples.num_tokens, kind="stable")[:2]
         batch = self.job.data.collate([rows.examples[int(index)] for index in shortest])
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        require_passable(self._passage, engine.no_grad_forward, inputs, cut)
-        self._passable.add(cut)
+        if self.job.eviction is None:
+            require_passable(self._passage, engine.no_grad_forward, inputs, cut)
+            return
+        staged = self.read(rows, shortest, batch["input_ids"].shape[1])
+        if staged is not None:
+            states = staged.states.to(engine.device)
+            require_suffix(self._passage, engine.no_grad_forward, inputs, states, staged.level.cut)
 
     def _tokens(self) -> tuple[int, int]:
         return self.train.tokens if self.train else 0, self.eval.tokens if self.eval else 0
@@ -221,6 +203,7 @@ class PrefixCache:
         if staged is None or staged.level not in view.levels:
             staged = self.read(rows, chosen, batch["input_ids"].shape[1])
         staged = self._agreed(engine, view, staged)
+        self._require_states(engine, staged)
         start = staged.level.cut if staged else 0
         top = view.levels[0] if view.levels[0].cut == view.cut else None
         states = staged.states.to(engine.device, non_blocking=True) if staged else None
@@ -249,6 +232,16 @@ class PrefixCache:
         counts = engine.sum([float(start == cut) for cut in (0, *(level.cut for level in view.levels))])
         return staged if max(counts) == engine.world_size else None
 
+    def _require_states(self, engine: Engine, staged: Staged | None) -> None:
+        """UserError on every rank where one has no states for a batch, and no prefix to compute them with (collective then)."""
+        if self.job.eviction is None or not engine.sum([float(staged is None)])[0]:
+            return
+        why = "; ".join(f"{reason}" for level in self.holdings.levels for reason in level.store.damaged) or "it is gone"
+        raise UserError(
+            f"The prefix cache cannot give the states of a batch any more ({why}), and the prefix's weights are not held. Start the run "
+            "again: what is missing is filled in first; with train.resume_from_checkpoint=true it goes on from its newest checkpoint."
+        )
+
     # -- the run -----------------------------------------------------------------------------------------------
 
     def after_step(self, seconds: float) -> None:
@@ -259,12 +252,12 @@ class PrefixCache:
 
     def share(self, engine: Engine) -> None:
         """Let every rank see what the others have stored (collective)."""
-        if engine.world_size == 1 or not self._levels:
+        if engine.world_size == 1 or not self.holdings.levels:
             return
-        for level in self._levels:
+        for level in self.holdings.levels:
             level.store.flush()
         engine.barrier()
-        for level in self._levels:
+        for level in self.holdings.levels:
             level.store.refresh()
             self._tell_trouble(level)
 
@@ -280,7 +273,7 @@ class PrefixCache:
 
     def _tell(self, sentence: str) -> None:
         if sentence not in self._told:
-            self._told.add(sentence)
+            self._told[sentence] = None
             self.console.print(sentence, highlight=False)
 
     def summary(self, engine: Engine) -> Mapping[str, Any] | None:
@@ -292,21 +285,29 @@ class PrefixCache:
             "evaluation_hits": self.evaluated.hits, "evaluation_examples": self.evaluated.total,
         }  # fmt: skip
         totals = engine.sum([float(number) for number in counts.values()])
-        top = max(self._levels, key=lambda level: level.cut, default=None)
+        top = max(self.holdings.levels, key=lambda level: level.cut, default=None)
         return {
             "tier": self.tier, "reason": self.reason, "cut": top.cut if top else 0,
             "where": top.where if top else None,
             **{name: int(total) for name, total in zip(counts, totals, strict=True)},
-            "bytes": sum(level.store.nbytes for level in self._levels),
+            "bytes": sum(level.store.nbytes for level in self.holdings.levels),
             "seconds_per_cached_step": _median(self.times.cached),
             "seconds_per_computed_step": _median(self.times.computed),
-            "told": sorted(self._told),
+            "told": list(self._told),
+            "evicted_bytes": self._evicted_bytes(),
         }  # fmt: skip
+
+    def _evicted_bytes(self) -> int:
+        eviction, by_name = self.job.eviction, self.job.plain.by_name
+        return sum(by_name[name].numel for name in eviction.names) * self.dtype.itemsize if eviction else 0
 
     def close(self) -> None:
         self.view = View()
-        while self._levels:
-            self._levels.pop().close()
+        self.holdings.close()
+
+
+def _no_weights(name: str) -> torch.Tensor:
+    raise AssertionError(f"{name} is evicted: its digest is known")
 
 
 def _trained_before(plan: FreezePlan, step: int) -> set[str]:

@@ -8,13 +8,14 @@ import torch
 
 from dsfreeze.anatomy import Anatomy, Layer
 from dsfreeze.engine.ranks import Ranks
-from dsfreeze.estimate.caching import CacheCost, Choice, asked_for, cache_cost, choose, require_room
+from dsfreeze.estimate.caching import MEMORY_SHARE, CacheCost, Choice, asked_for, cache_cost, choose, require_room
 from dsfreeze.hardware import DEVICES, Device, find_device
 from dsfreeze.job import Job
 from dsfreeze.plan import FreezePlan, Phase
 from dsfreeze.prefix.codec import CODECS
 from dsfreeze.prefix.levels import free_disk, free_memory
 from dsfreeze.prefix.passage import cut_of
+from dsfreeze.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,18 @@ def choose_tier(job: Job, ranks: Ranks, stretch: Stretch, steps_per_epoch: int, 
         return Choice("off", "off: no transformer layer lies below all that trains")
     cost = _cost(job, ranks, stretch, steps_per_epoch, tokens)
     room = {"free_memory": free_memory(ranks), "free_disk": free_disk(job.recipe.freeze.prefix_cache_dir)}
-    if wanted == "auto":
-        return choose(cost, **room)
-    require_room(wanted, cost, **room)
-    return asked_for(wanted, cost)
+    if wanted != "auto":
+        require_room(wanted, cost, **room)
+        return asked_for(wanted, cost)
+    choice = choose(cost, **room)
+    if choice.tier == "off" and job.eviction is not None:  # without its weights a prefix can only be read
+        choice = asked_for("memory" if MEMORY_SHARE * cost.size <= room["free_memory"] else "disk", cost)
+        require_room(choice.tier, cost, **room)
+    return choice
 
 
 def _cost(job: Job, ranks: Ranks, stretch: Stretch, steps_per_epoch: int, tokens: tuple[int, int]) -> CacheCost:
-    codec = CODECS[stored_as(job)]
+    codec = CODECS[stored_as(job.recipe)]
     device = _device(ranks.device)
     return cache_cost(
         job.anatomy, stretch.trainable, train_tokens=tokens[0], eval_tokens=tokens[1], sequence_length=job.recipe.data.max_length,
@@ -69,9 +74,12 @@ def _device(device: torch.device) -> Device:
     return find_device(next((known for known in DEVICES if known in name), "h100"))
 
 
-def stored_as(job: Job) -> str:
+def stored_as(recipe: Recipe) -> str:
     """The codec's name: `freeze.prefix_cache_dtype`, of which auto is the run's own precision."""
-    wanted = job.recipe.freeze.prefix_cache_dtype
-    if wanted != "auto":
-        return wanted
-    return "bf16" if job.recipe.train.bf16 else "fp32"
+    wanted = recipe.freeze.prefix_cache_dtype
+    return precise(recipe) if wanted == "auto" else wanted
+
+
+def precise(recipe: Recipe) -> str:
+    """The codec that stores the run's states as they are."""
+    return "bf16" if recipe.train.bf16 else "fp32"

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import uuid
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from dsfreeze.prefix.store import DiskStore, MemoryStore, Store
 
 #: A file system in memory that all processes of a machine see.
 SHARED_MEMORY = Path("/dev/shm")
+#: How the names of folders begin in which states wait while a cache is filled.
+WAITING = ".waiting-"
 
 
 @dataclass(eq=False)
@@ -41,6 +44,8 @@ class Level:
     folder: CacheFolder | None = None
     #: A folder of this run alone, removed with it.
     passing: Path | None = None
+    #: This rank's number among those that see what it stores, and how many these are.
+    share: tuple[int, int] = (0, 1)
 
     def close(self) -> None:
         self.store.close()
@@ -48,6 +53,26 @@ class Level:
             self.folder.release()
         if self.passing is not None:
             shutil.rmtree(self.passing, ignore_errors=True)
+
+    def scratch(self, width: int, precise: str) -> Store:
+        """Where states of one layer wait for the next while the cache is filled: on disk where the level is; `precise` is the codec that
+        changes nothing."""
+        if self.folder is None:
+            return MemoryStore(width, CODECS[precise])
+        return _Passing(
+            Path(tempfile.mkdtemp(prefix=WAITING, dir=self.folder.path)),
+            width,
+            CODECS[precise],
+            "waiting",
+            may_write=True,
+        )
+
+
+class _Passing(DiskStore):
+    """A store whose folder goes with it."""
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def open_level(
@@ -60,21 +85,21 @@ def open_level(
     folder: Path | None,
 ) -> Level:
     """The store of one cut in that tier (collective). `folder`: where caches lie on disk, None for the usual place."""
-    codec = CODECS[manifest["stored"]]
+    codec, writer = CODECS[manifest["stored"]], f"rank{ranks.rank:05d}"
     if tier == "memory" and ranks.world_size == 1:
         return Level(cut, digests, MemoryStore(width, codec), "memory")
-    writer = f"rank{ranks.rank:05d}"
     if tier == "memory":
         own = SHARED_MEMORY / f"dsfreeze-{_one_name()}"
-        return Level(cut, digests, DiskStore(own, width, codec, writer, may_write=True), "shared memory", passing=own)
+        store = DiskStore(own, width, codec, writer, may_write=True)
+        return Level(cut, digests, store, "shared memory", passing=own, share=_share(ranks))
     root = disk_root(folder)
-    cache = CacheFolder(root, dict(manifest))
+    cache = CacheFolder(root, manifest)
     may_write = _lock(cache, ranks)
     store = DiskStore(cache.path, width, codec, writer, may_write=may_write)
     notes = [cache.note] if cache.note else []
     if len(store) == 0:
         notes += [f"passed over: {sentence}" for sentence in others(root, manifest)]
-    return Level(cut, digests, store, str(cache.path), notes, cache)
+    return Level(cut, digests, store, str(cache.path), notes, cache, share=(ranks.rank, ranks.world_size))
 
 
 def stored_keys(manifest: Mapping[str, Any], width: int, folder: Path | None) -> Container[bytes]:
@@ -108,7 +133,20 @@ def _one_name() -> str:
 
 def _lock(cache: CacheFolder, ranks: Ranks) -> bool:
     """Whether this run may write: its first rank on each machine takes the lock for all there (collective)."""
-    machine = f"{socket.gethostname()}-{os.environ.get('SLURM_NODEID', '')}"
-    mine = cache.lock() if ranks.local_rank == 0 else None
-    told = [json.loads(text) for text in everyones(json.dumps([machine, mine]))]
-    return any(got for where, got in told if where == machine)
+    mine = None
+    if ranks.local_rank == 0 and (mine := cache.lock()):
+        for left in cache.path.glob(f"{WAITING}*"):  # of a fill that was killed: the lock is ours
+            shutil.rmtree(left, ignore_errors=True)
+    told = [json.loads(text) for text in everyones(json.dumps([_machine(), mine]))]
+    return any(got for machine, got in told if machine == _machine())
+
+
+def _share(ranks: Ranks) -> tuple[int, int]:
+    """This rank's number on its machine, and how many there are (collective)."""
+    told = [json.loads(text) for text in everyones(json.dumps([_machine(), ranks.rank]))]
+    here = [rank for machine, rank in told if machine == _machine()]
+    return here.index(ranks.rank), len(here)
+
+
+def _machine() -> str:
+    return f"{socket.gethostname()}-{os.environ.get('SLURM_NODEID', '')}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 import numpy as np
@@ -20,6 +20,9 @@ class Rows:
 
     def _key(self, index: int) -> bytes:
         return example_key(self.examples[index])
+
+    def every_key(self) -> Iterator[bytes]:
+        return map(self.key, range(len(self.examples)))
 
     def length(self, index: int) -> int:
         """Tokens, without padding."""
