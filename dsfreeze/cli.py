@@ -346,6 +346,22 @@ def analyze(words: Words = None, as_json: AsJson = False) -> int:
 
 
 @app.command()
+def cache(words: Words = None, as_json: AsJson = False) -> int:
+    """Store what leaves the frozen prefix for every example, on disk, for all runs with that prefix: seeds, rates, methods."""
+    from dsfreeze.commands import fill_cache
+
+    filled = fill_cache(read_words(words), Console(stderr=True))
+    if as_json:
+        if _is_leader():
+            _print_json(filled)
+    else:
+        from dsfreeze.tables import filled_table
+
+        _show(filled_table(filled))
+    return 0
+
+
+@app.command()
 def evaluate(words: Words = None, as_json: AsJson = False) -> int:
     """Evaluate a model without training: a recipe, or a run's folder (its exported model)."""
     from dsfreeze.commands import evaluate_recipe, recipe_of_run

@@ -1,4 +1,4 @@
-"""What the commands `evaluate` and `export` do: a run's folder, or a recipe, in; figures, or a model folder, out."""
+"""What the commands `evaluate`, `cache` and `export` do: a run's folder, or a recipe, in; figures, or a model folder, out."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from dsfreeze.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, open_checkpoint, require_same
+from dsfreeze.data import num_steps_of
 from dsfreeze.engine.process import agree, evaluation_engine, process_group, together
 from dsfreeze.engine.ranks import read_ranks
 from dsfreeze.errors import UserError
 from dsfreeze.evaluation import evaluate
 from dsfreeze.export import export_delta, export_model, fill_delta, require_writable
-from dsfreeze.job import load_task, prepare_job
+from dsfreeze.job import load_task, prepare_evicted, prepare_job
 from dsfreeze.model import read_anatomy
-from dsfreeze.recipe import ModelOptions, Recipe
+from dsfreeze.model_card import public_name
+from dsfreeze.prefix.cache import PrefixCache
+from dsfreeze.recipe import ModelOptions, Recipe, TrainOptions
 from dsfreeze.recipe_reader import load_recipe
 from dsfreeze.record import MODEL, RECIPE
 
@@ -50,6 +56,31 @@ def evaluate_recipe(recipe: Recipe) -> dict[str, float]:
             raise UserError("The recipe has no evaluation data; name some in data.eval.")
         engine = evaluation_engine(module, read_anatomy(module, recipe.model.name), recipe)
         return evaluate(engine, data, recipe)
+
+
+def fill_cache(recipe: Recipe, console: Console) -> dict[str, Any]:
+    """Store what leaves the recipe's prefix for all of its examples, on disk, without ever holding the model; what was stored and where.
+
+    Several ranks share the examples."""
+    freeze = recipe.freeze.model_copy(update={"prefix_cache": "disk"})
+    recipe = recipe.model_copy(update={"freeze": freeze})
+    with process_group(recipe) as ranks:
+        agree(recipe.digest, "the recipe")
+        job = together(lambda: prepare_evicted(recipe))
+        examples = job.data.train or job.data.eval
+        assert examples is not None, "data without either is refused"
+        epoch, steps = (
+            num_steps_of(options, len(examples), ranks.world_size) for options in (_once(recipe), recipe.train)
+        )
+        cache = PrefixCache(job, ranks, console if ranks.rank == 0 else Console(quiet=True), steps, epoch)
+        try:
+            return {"model": public_name(recipe.model.name), **cache.prefill()}
+        finally:
+            cache.close()
+
+
+def _once(recipe: Recipe) -> TrainOptions:
+    return recipe.train.model_copy(update={"max_steps": -1, "num_train_epochs": 1.0})
 
 
 def export_folder(source: Path, output: Path, *, delta: bool, base: str | None) -> Path:

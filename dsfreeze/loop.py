@@ -27,6 +27,7 @@ from dsfreeze.engine.ranks import Ranks
 from dsfreeze.environment import describe_environment
 from dsfreeze.errors import UserError
 from dsfreeze.estimate import estimate
+from dsfreeze.estimate.flops import prefix_flops
 from dsfreeze.evaluation import evaluate
 from dsfreeze.interrupt import Interrupt, Interrupted
 from dsfreeze.job import Job, prepare_job
@@ -89,7 +90,8 @@ class Run:
         resumed = find_start(self.job, self.total, self.loader.global_batch_size)
         if resumed and self.job.plan.decide_at is not None:
             self.job.plan = resumed.plan  # an adaptive plan, as far as it has been decided
-        self.prefix.prefill()
+        if self.job.eviction is not None:
+            self.prefix.prefill()
         engine = build_engine(self.job.module, self.job.held, self.job.recipe, self.job.plan)
         try:
             self.phases.start(engine, resumed.step if resumed else 0)
@@ -222,13 +224,14 @@ class Run:
         if not self.seconds or self.before is None:
             return None
         predicted = predict(
-            self.job,
+            self.prefix.as_chosen(),
             engine.world_size,
             self.total,
             self.fullest,
             self.before,
             memory,
             on_cpu=engine.device.type == "cpu",
+            cache_bytes=self.prefix.bytes_in_process,
         )
         if told := sentence(predicted, memory.peak):
             self.console.print(f"[yellow]note:[/] {told}", highlight=False)
@@ -245,7 +248,7 @@ class Run:
             "steps": self.step, "loss": self.loss, "metrics": self.metrics,
             "strategy": job.plan.strategy, "plan_digest": job.plan.digest,
             "trainable": cost.trainable, "total": cost.total,
-            "flops_vs_full": cost.flops_per_token / cost.full_flops_per_token,
+            "flops_vs_full": cost.flops_per_token / cost.full_flops_per_token, "full_flops_per_token": cost.full_flops_per_token,
             "seconds_per_step": statistics.median(steady) if steady else None, "memory": {**asdict(memory), "peak": peak},
             "never_moved": list(self.phases.still), "switches": self.phases.switches,
             "seconds_switching": self.phases.seconds_switching, "prefix_cache": self._prefix_summary(engine),
@@ -256,5 +259,9 @@ class Run:
         found = self.prefix.summary(engine)
         if found is None:
             return None
-        taken = sum(self.seconds)
-        return {**found, "seconds_waited": self.steps.waited, "wait_share": self.steps.waited / taken if taken else 0.0}
+        taken, phase = sum(self.seconds), self.job.plan.phases[-1]
+        spared = prefix_flops(self.job.anatomy, frozenset(phase.trainable), self.job.recipe.data.max_length)
+        return {
+            **found, "flops_spared": spared, "seconds_waited": self.steps.waited,
+            "wait_share": self.steps.waited / taken if taken else 0.0,
+        }  # fmt: skip

@@ -39,7 +39,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         ("steps", f"{summary['steps']}, last loss {summary['loss']:.4f}"),
         ("trainable", f"{million(summary['trainable'])} of {million(summary['total'])} parameters "
                       f"({100 * summary['trainable'] / summary['total']:.1f} %)"),
-        ("FLOPs per token", f"{100 * summary['flops_vs_full']:.0f} % of full tuning"),
+        ("FLOPs per token", f"{100 * summary['flops_vs_full']:.0f} % of full tuning" + _spared(summary)),
         ("seconds per step", f"{summary['seconds_per_step']:.3f} (median)" if summary["seconds_per_step"] else "no step was left"),
         ("optimizer state", f"{gib(memory['optimizer_state'] + memory['masters'])} (masters and moments, this rank)"
                             + _predicted_states(summary)),
@@ -65,9 +65,18 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def _spared(summary: Mapping[str, Any]) -> str:
+    """What is left of the FLOPs where the prefix is read."""
+    cache = summary.get("prefix_cache")
+    if not cache or not cache["hits"]:
+        return ""
+    left = summary["flops_vs_full"] - cache["flops_spared"] / summary["full_flops_per_token"]
+    return f", {100 * left:.0f} % where the prefix is read from the cache"
+
+
 def _cache_figures(cache: Mapping[str, Any]) -> str:
     """Where the states lie, how many were read, and what a step that reads them takes."""
-    if not cache["examples"]:
+    if not cache["examples"] or cache["tier"] == "off":
         return str(cache["reason"])
     lines = [
         f"{100 * cache['hits'] / cache['examples']:.0f} % of {cache['examples']:,} examples read above layer {cache['cut']} "
@@ -78,7 +87,23 @@ def _cache_figures(cache: Mapping[str, Any]) -> str:
         lines.append(
             f"a step with it {cached:.3f} s, without {computed:.3f} s: {computed / cached:.2f} times as fast; waited {100 * cache['wait_share']:.1f} %"
         )
+    if cache["evicted_bytes"]:
+        lines.append(f"trained without the prefix's weights, {gib(cache['evicted_bytes'])}")
     return "\n".join(lines)
+
+
+def filled_table(filled: Mapping[str, Any]) -> Table:
+    """What `dsfreeze cache` stored, and what of it was there already."""
+    table = Table(show_header=False, title=f"prefix cache of {filled['model']}", title_justify="left")
+    seconds, tokens = filled["seconds"], filled["computed_tokens"]
+    there = filled["examples"] - filled["computed_examples"]
+    table.add_row("states", f"what leaves layer {filled['layers']}, {gib(filled['bytes'])}")
+    table.add_row("examples", f"{filled['examples']:,}, of which {there:,} were there already")
+    table.add_row(
+        "computed", f"{tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)" if tokens else "nothing"
+    )
+    table.add_row("folder", escape(str(filled["where"])))
+    return table
 
 
 def _predicted_states(summary: Mapping[str, Any]) -> str:

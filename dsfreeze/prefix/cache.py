@@ -10,10 +10,11 @@ rank. `read` alone runs in the read-ahead thread too.
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from rich.console import Console
 
 from dsfreeze.data.examples import Batch
 from dsfreeze.engine import Engine
+from dsfreeze.engine.process import everyones
 from dsfreeze.engine.ranks import Ranks
 from dsfreeze.errors import UserError
 from dsfreeze.estimate.caching import Choice
@@ -33,6 +35,7 @@ from dsfreeze.prefix.holdings import Holdings, ReadWeight
 from dsfreeze.prefix.levels import Level
 from dsfreeze.prefix.passage import Kept, Passage, Span, cut_of, require_passable, require_suffix
 from dsfreeze.prefix.rows import Rows
+from dsfreeze.prefix.store import MemoryStore
 from dsfreeze.prefix.streaming import prefill
 from dsfreeze.progress import Watch, watched
 
@@ -101,10 +104,9 @@ class PrefixCache:
 
     # -- phases ------------------------------------------------------------------------------------------------
 
-    def prefill(self) -> None:
-        """Complete the cache of an evicted prefix (collective); nothing where none is evicted."""
-        if self.job.eviction is None:
-            return
+    def prefill(self) -> dict[str, Any]:
+        """Complete the cache of an evicted prefix, and say what it holds (collective)."""
+        assert self.job.eviction is not None, "a prefix that is held is cached on the way"
         plan, anatomy = self.job.plan, self.job.anatomy
         lowest = min(plan.phases, key=lambda phase: cut_of(anatomy, phase.trainable))
         level = self._open(stretch_of(plan, anatomy, lowest, 0, self.num_steps), _no_weights)
@@ -112,7 +114,13 @@ class PrefixCache:
         scratch = partial(level.scratch, anatomy.hidden_size, precise(self.job.recipe))
         watch: Watch[Any] = watched(self.console, "filling the prefix cache")
         filled = prefill(self.job, level.store, share=level.share, scratch=scratch, watch=watch)
-        self._tell(f"prefix cache: filled with {filled}; the prefix's weights are not held")
+        self._tell(f"prefix cache: computed {filled}; the prefix's weights are not held")
+        computed = [json.loads(text) for text in everyones(json.dumps([filled.examples, filled.tokens]))]
+        return {
+            "layers": level.cut, "examples": len(level.store), "bytes": level.store.nbytes, "where": level.where,
+            "computed_examples": sum(number for number, _ in computed), "computed_tokens": sum(tokens for _, tokens in computed),
+            "seconds": filled.seconds,
+        }  # fmt: skip
 
     def enter(self, engine: Engine, phase: Phase, step: int) -> None:
         """Follow the engine into a phase: its cut, and whether to store there (collective; free when the set is the same)."""
@@ -296,6 +304,17 @@ class PrefixCache:
             "told": list(self._told),
             "evicted_bytes": self._evicted_bytes(),
         }  # fmt: skip
+
+    def as_chosen(self) -> Job:
+        """The job with the tier that was chosen in its recipe, as the planner prices it."""
+        recipe = self.job.recipe
+        freeze = recipe.freeze.model_copy(update={"prefix_cache": self.tier})
+        return replace(self.job, recipe=recipe.model_copy(update={"freeze": freeze}))
+
+    @property
+    def bytes_in_process(self) -> int:
+        """Of states that lie in this process's own memory."""
+        return sum(level.store.nbytes for level in self.holdings.levels if isinstance(level.store, MemoryStore))
 
     def _evicted_bytes(self) -> int:
         eviction, by_name = self.job.eviction, self.job.plain.by_name

@@ -44,23 +44,27 @@ def refuse_early(recipe: Recipe) -> None:
         raise _needs_prefix("packed examples (data.packing) are tried out on the whole model first")
 
 
-def evict(data: TaskData, outline: nn.Module, anatomy: Anatomy, plan: FreezePlan) -> Eviction:
+def refuse_metrics(data: TaskData) -> None:
+    """UserError when the evaluation needs the prefix after all."""
+    if generates(data.metrics):
+        raise _needs_prefix(f"one of the metrics ({', '.join(data.metrics)}) generates text, which passes the prefix")
+
+
+def evict(outline: nn.Module, anatomy: Anatomy, plan: FreezePlan) -> Eviction:
     """What the plan's run can do without, from first step to last; `outline`: the whole model on the meta device, `anatomy` its own.
 
-    UserError when the plan or the evaluation needs the prefix after all.
+    UserError for a model of two stacks, for a plan that might need it after all, and where that is nothing.
     """
     if plan.decide_at is not None:
         raise _needs_prefix(f"strategy '{plan.strategy}' decides on the way what trains, and might thaw what is gone")
-    if generates(data.metrics):
-        raise _needs_prefix(f"one of the metrics ({', '.join(data.metrics)}) generates text, which passes the prefix")
     Passage(outline, anatomy)  # one stack of layers, or its error
     adapted = plan.adapted(anatomy)
     cut = min(cut_of(adapted, phase.trainable) for phase in plan.phases)
     if cut == 0:
         raise UserError(
-            f"freeze.evict_prefix: strategy '{plan.strategy}' leaves no layer frozen below all that trains, so there is nothing to "
-            "evict. Strategies with a prefix are bottom, head, budget and salf, or patterns that freeze the embedding and the "
-            "first layers; adapters on top of them are fine. Else write freeze.evict_prefix: false."
+            f"Strategy '{plan.strategy}' leaves no layer frozen below all that trains, so there is no prefix to cache or to evict. Strategies "
+            "with one are bottom, head, budget and salf, or patterns that freeze the embedding and the first layers; adapters on top "
+            "of them are fine. Else write freeze.evict_prefix: false."
         )
     return Eviction(cut, _evictable(outline, anatomy, cut))
 
