@@ -8,7 +8,6 @@ an environment of their own, when `PEERS_PYTHON` names its python (see README.md
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import time
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import machine, spread, write
-from prefix_cache_peers import Peer, start_peers
+from prefix_cache_peers import Peer
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -53,7 +52,12 @@ PLANS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 #: Passes of a step over full tuning's, with the prefix computed once.
 FLOOR = {"bottom50": 1.5, "bottom75": 2.0, "bottom50_memory": 2.0, "bottom75_memory": 4.0}
-ROUNDS, STEPS = 15, 3
+#: Other tools' bottom freezing and LoRA, each in a process of its own.
+PEERS = (
+    "llamafactory-full", "llamafactory-freeze-50", "llamafactory-freeze-75", "llamafactory-lora", "peft-freeze-50", "peft-freeze-75",
+    "peft-lora", "peft-lora-top-50", "peft-lora-top-75", "torch-full",
+)  # fmt: skip
+ROUNDS, STEPS, WARMUP, CONSECUTIVE = 15, 2, 2, 40
 BATCH, LENGTH, BLOCKS = 4, 128, 64
 
 
@@ -116,6 +120,10 @@ class Method:
         self.engine.step(1e-4)
         self.losses.append(loss)
 
+    def close(self) -> None:
+        self.steps.close()
+        self.cache.close()
+
 
 def build(freeze: dict[str, Any], folder: Path) -> Method:
     job = job_of(freeze, folder)
@@ -127,7 +135,6 @@ def build(freeze: dict[str, Any], folder: Path) -> Method:
     method = Method(engine, cache, ReadAhead(loader, cache))
     for _ in range(loader.steps_per_epoch):  # the epoch that fills the cache
         method.step()
-    method.steps.waited = 0.0
     return method
 
 
@@ -136,31 +143,48 @@ def figures(name: str, rounds: list[dict[str, float]], method: Method | Peer) ->
     if name in FLOOR:
         found["by_flops"] = FLOOR[name]
     if isinstance(method, Method) and method.cache.wanted:
-        taken = sum(r[name] for r in rounds) * STEPS
-        found |= {"hits": method.cache.trained.hits, "waited": round(method.steps.waited / taken, 5)}
+        found["wait_share"] = wait_share(method)
     return found
+
+
+def wait_share(method: Method) -> float:
+    """Of steps that follow each other without a pause, what share of their time is waiting for states; one turn's first steps find
+    them ready."""
+    method.seconds(WARMUP)
+    method.steps.waited = 0.0
+    taken = CONSECUTIVE * method.seconds(CONSECUTIVE)
+    return round(method.steps.waited / taken, 5)
+
+
+def bit_equal(methods: dict[str, Method | Peer], plain: str, cached: str) -> bool:
+    """Whether both have made the same steps with the same losses."""
+    one, other = methods[plain], methods[cached]
+    assert isinstance(one, Method)
+    assert isinstance(other, Method)
+    return one.losses == other.losses
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    python = os.environ.get("PEERS_PYTHON")
     with tempfile.TemporaryDirectory() as folder:
         methods: dict[str, Method | Peer] = {name: build(freeze, Path(folder) / name) for name, freeze in PLANS.items()}
-        methods |= start_peers(os.environ.get("PEERS_PYTHON"))
-        rounds = [{name: method.seconds(STEPS) for name, method in methods.items()} for _ in range(ROUNDS)]
-        pairs = {name: f"{name}_memory" for name in ("bottom50", "bottom75")}
-        same = {name: methods[name].losses == methods[cached].losses for name, cached in pairs.items()}  # type: ignore[union-attr]
-        result = {name: figures(name, rounds, method) for name, method in methods.items()}
-        against = [
-            name for name in methods if ("lora" in name and "memory" not in name) or name.startswith("llamafactory")
-        ]
-        best = {f"{cached}_over_{other}": spread([r[other] / r[cached] for r in rounds])
-                for cached in ("bottom50_memory", "bottom75_memory") for other in against}  # fmt: skip
+        methods |= {name: Peer(python, name) for name in PEERS} if python else {}
         for method in methods.values():
-            method.steps.close() if isinstance(method, Method) else method.close()
-    assert all(math.isfinite(r["full"]) for r in rounds)
+            method.seconds(WARMUP)
+        rounds = [{name: method.seconds(STEPS) for name, method in methods.items()} for _ in range(ROUNDS)]
+        same = {name: bit_equal(methods, name, f"{name}_memory") for name in ("bottom50", "bottom75")}
+        plans = {name: figures(name, rounds, method) for name, method in methods.items()}
+        against = {
+            f"{cached} over {other}": spread([r[other] / r[cached] for r in rounds])
+            for cached in ("bottom50_memory", "bottom75_memory") for other in ("lora", *(PEERS if python else ()))
+        }  # fmt: skip
+        about = [method.about for method in methods.values() if isinstance(method, Peer)]
+        for method in methods.values():
+            method.close()
     write(__file__, {
-        "machine": machine(), "shape": "llama 12 x 384, batch 4 x 128, fp32, local engine, one thread", "plans": result,
-        "times_faster_than": best, "losses_bit_equal": same,
+        "machine": machine(), "shape": "llama 12 x 384, batch 4 x 128, fp32, local engine, one thread", "plans": plans,
+        "times_faster_than": against, "losses_bit_equal": same, "peers": about,
     })  # fmt: skip
 
 
