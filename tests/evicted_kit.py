@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,24 @@ from dsfreeze.engine import Engine
 from dsfreeze.engine.process import build_engine
 from dsfreeze.engine.ranks import read_ranks
 from dsfreeze.job import Job, prepare_job
+from dsfreeze.prefix.codec import CODECS
 from dsfreeze.prefix.keys import example_key
 from dsfreeze.prefix.passage import Passage, Span
-from dsfreeze.prefix.streaming import Shelf, prefill
+from dsfreeze.prefix.store import MemoryStore
+from dsfreeze.prefix.streaming import prefill
 from dsfreeze.recipe import Recipe
 
 EVICTED = {"evict_prefix": True, "prefix_cache": "memory"}
+
+
+def shelf(width: int = 32) -> MemoryStore:
+    """An empty store in memory, precise for fp32 and for bf16."""
+    return MemoryStore(width, CODECS["fp32"])
+
+
+def states_in(store: MemoryStore) -> dict[bytes, torch.Tensor]:
+    """What it holds, by example."""
+    return {key: example.payload for key, example in store._examples.items()}
 
 
 class Stepper:
@@ -27,9 +40,9 @@ class Stepper:
 
     def __init__(self, recipe: Recipe) -> None:
         self.job: Job = prepare_job(recipe)
-        self.store, self.passage = Shelf(), Passage(self.job.module, self.job.anatomy)
+        self.store, self.passage = shelf(self.job.plain.hidden_size), Passage(self.job.module, self.job.anatomy)
         if self.job.eviction:
-            prefill(self.job, self.store)
+            prefill(self.job, self.store, partial(shelf, self.job.plain.hidden_size))
         self.engine: Engine = build_engine(self.job.module, self.job.held, recipe, self.job.plan)
         self.engine.enter(self.job.plan.phases[0])
         train, ranks = recipe.train, read_ranks()

@@ -16,7 +16,7 @@ from dsfreeze.commands import export_folder
 from dsfreeze.errors import UserError
 from dsfreeze.job import prepare_job
 from dsfreeze.model import outline_of, read_anatomy
-from dsfreeze.prefix.eviction import evict, prefix_layers
+from dsfreeze.prefix.eviction import evict, refuse_metrics, prefix_layers
 from dsfreeze.prefix.keys import layer_digest
 from dsfreeze.recipe import ModelOptions, Recipe
 from dsfreeze.record import RECIPE
@@ -140,8 +140,8 @@ def test_packing_and_generation_are_refused(tmp_path: Path) -> None:
     job = prepare_job(recipe)
     rest = (outline_of(recipe.model, "classification", 3), job.plain, job.plan)
     with pytest.raises(UserError, match=r"one of the metrics \(rouge\) generates text"):
-        evict(replace(job.data, metrics=("rouge",)), *rest)
-    assert evict(job.data, *rest) == job.eviction
+        refuse_metrics(replace(job.data, metrics=("rouge",)))
+    assert evict(*rest) == job.eviction
 
 
 def test_two_stacks_are_refused(tmp_path: Path) -> None:
@@ -149,4 +149,4 @@ def test_two_stacks_are_refused(tmp_path: Path) -> None:
     job = prepare_job(recipe)
     outline = outline_of(ModelOptions(name=str(t5_folder(tmp_path / "t5"))), "seq2seq", None)
     with pytest.raises(UserError, match="one stack of layers, and x has two"):
-        evict(job.data, outline, read_anatomy(outline, "x"), job.plan)
+        evict(outline, read_anatomy(outline, "x"), job.plan)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evicted_kit import shelf, states_in
 from test_parts import SINGLE_STACK, load, saved
 from tiny_runs import byte_tokenizer, llama_folder
 from transformers import PreTrainedModel
@@ -21,7 +22,8 @@ from dsfreeze.model import base_hash, outline_of, read_anatomy
 from dsfreeze.prefix.eviction import Eviction, _evictable, groups_of, prefix_layers, read_digests, without
 from dsfreeze.prefix.keys import example_key, layer_digest
 from dsfreeze.prefix.passage import Passage, Span, require_suffix
-from dsfreeze.prefix.streaming import Shelf, Work, everybody_has, fill, lacking
+from dsfreeze.prefix.store import MemoryStore
+from dsfreeze.prefix.streaming import Work, everybody_has, fill, lacking
 from dsfreeze.recipe import ModelOptions
 
 CUT = 2
@@ -39,7 +41,7 @@ def data_of(train: Examples, evaluation: Examples | None = None) -> TaskData:
 
 
 def work(batch_size: int = 4, **more: Any) -> Work:
-    return Work(CPU, torch.float32, batch_size, **more)
+    return Work(CPU, torch.float32, batch_size, **{"scratch": shelf, **more})
 
 
 class Suffix:
@@ -73,7 +75,7 @@ def batch_of(data: TaskData, rows: Examples, indices: Sequence[int]) -> dict[str
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-def stored(store: Shelf, rows: Examples, indices: Sequence[int], width: int) -> torch.Tensor:
+def stored(store: MemoryStore, rows: Examples, indices: Sequence[int], width: int) -> torch.Tensor:
     out = torch.zeros(len(indices), int(rows.num_tokens[list(indices)].max()), width)
     for at, index in enumerate(indices):
         assert store.read(example_key(rows[index]), out[at, : rows.num_tokens[index]])
@@ -91,7 +93,7 @@ def test_suffix_on_streamed_states_is_the_whole_model(tmp_path: Path, name: str,
     """One layer at a time, the same batches: states and logits are the whole model's to the last bit."""
     suffix = Suffix(saved(tmp_path, name), task)
     rows = rows_of([9] * 7)
-    data, store = data_of(rows), Shelf()
+    data, store = data_of(rows), shelf()
     fill(suffix.load, data, suffix.anatomy, CUT, store, work())
     module, width = suffix.module(), suffix.anatomy.hidden_size
     passage = Passage(module, suffix.anatomy)
@@ -129,7 +131,7 @@ def test_digests_are_those_of_the_whole_model(tmp_path: Path, name: str) -> None
 def test_other_batches_give_the_same_states_but_for_rounding(tmp_path: Path, name: str) -> None:
     suffix = Suffix(saved(tmp_path, name))
     rows, evaluation = rows_of([3, 11, 5, 8, 2, 11, 7]), rows_of([4, 13], seed=1)
-    data, store = data_of(rows, evaluation), Shelf()
+    data, store = data_of(rows, evaluation), shelf()
     filled = fill(suffix.load, data, suffix.anatomy, CUT, store, work(3))
     assert (filled.examples, filled.tokens) == (9, 64)
     for part in (rows, evaluation):
@@ -151,11 +153,11 @@ def test_groups_take_the_room_they_are_given(tmp_path: Path) -> None:
 def test_groups_make_no_difference(tmp_path: Path) -> None:
     """Nor does it matter that states wait elsewhere; only one group's weights are ever asked for."""
     suffix, rows = Suffix(llama_folder(tmp_path)), rows_of([6, 9, 4, 9])
-    stores = [Shelf(), Shelf()]
-    shelves: list[Shelf] = []
+    stores = [shelf(), shelf()]
+    shelves: list[MemoryStore] = []
     for store, room in zip(stores, (0, 2**30), strict=True):
         suffix.read.clear()
-        scratch = lambda: shelves.append(Shelf()) or shelves[-1]  # noqa: E731
+        scratch = lambda: shelves.append(shelf()) or shelves[-1]  # noqa: E731
         fill(suffix.load, data_of(rows), suffix.anatomy, 3, store, work(2, room=room, scratch=scratch))
         blocks = [{n.split(".")[2] for n in part if ".layers." in n} for part in suffix.read]
         assert blocks == ([{"0"}, {"1"}, {"2"}] if room == 0 else [{"0", "1", "2"}])
@@ -163,13 +165,13 @@ def test_groups_make_no_difference(tmp_path: Path) -> None:
         assert not any(name in ("score.weight", "model.norm.weight") for part in suffix.read for name in part)
     assert len(shelves) == 2  # between three groups
     assert not any(map(len, shelves))
-    assert all(torch.equal(a, stores[1]._states[key]) for key, a in stores[0]._states.items())
+    assert all(torch.equal(a, states_in(stores[1])[key]) for key, a in states_in(stores[0]).items())
     assert len(stores[0]) == 4
 
 
 def test_a_stopped_fill_goes_on_with_what_is_lacking(tmp_path: Path) -> None:
     suffix, rows = Suffix(llama_folder(tmp_path)), rows_of([6, 9, 4, 9, 5, 5])
-    data, store = data_of(rows), Shelf()
+    data, store = data_of(rows), shelf()
 
     def stopping(rounds: Sequence[Any]) -> Any:
         yield from rounds[: len(rounds) - 1]
@@ -178,12 +180,12 @@ def test_a_stopped_fill_goes_on_with_what_is_lacking(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fill(suffix.load, data, suffix.anatomy, CUT, store, work(2), stopping)
     assert len(store) == 4
-    before = dict(store._states)
+    before = dict(states_in(store))
     with pytest.raises(UserError, match="lacks 2 examples"):
         everybody_has(data, store)
     assert fill(suffix.load, data, suffix.anatomy, CUT, store, work(2)).examples == 2
     everybody_has(data, store)
-    assert all(store._states[key] is states for key, states in before.items())
+    assert all(states_in(store)[key] is states for key, states in before.items())
     suffix.read.clear()
     assert fill(suffix.load, data, suffix.anatomy, CUT, store, work(2)).examples == 0
     assert suffix.read == []
@@ -191,17 +193,17 @@ def test_a_stopped_fill_goes_on_with_what_is_lacking(tmp_path: Path) -> None:
 
 def test_ranks_share_the_examples(tmp_path: Path) -> None:
     suffix, rows = Suffix(llama_folder(tmp_path)), rows_of([6, 9, 4, 9, 5, 5, 7])
-    data, whole, parts = data_of(rows), Shelf(), [Shelf(), Shelf()]
+    data, whole, parts = data_of(rows), shelf(), [shelf(), shelf()]
     fill(suffix.load, data, suffix.anatomy, CUT, whole, work(2))
     for rank, part in enumerate(parts):
         fill(suffix.load, data, suffix.anatomy, CUT, part, work(2, share=(rank, 2)))
     assert sorted(map(len, parts)) == [3, 4]
-    both = parts[0]._states | parts[1]._states
-    assert both.keys() == whole._states.keys()
-    assert all(torch.equal(states, whole._states[key]) for key, states in both.items())
+    both = states_in(parts[0]) | states_in(parts[1])
+    assert both.keys() == states_in(whole).keys()
+    assert all(torch.equal(states, states_in(whole)[key]) for key, states in both.items())
 
 
 def test_the_same_example_is_computed_once() -> None:
     rows = rows_of([5, 6])
     twice = Examples([*rows.rows, {**rows.rows[0], "labels": [1] * 5}], np.ones(3), np.asarray([5, 6, 5]))
-    assert [w.index for w in lacking(data_of(twice, rows), Shelf())] == [0, 1]
+    assert [w.index for w in lacking(data_of(twice, rows), shelf())] == [0, 1]

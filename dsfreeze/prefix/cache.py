@@ -113,7 +113,7 @@ class PrefixCache:
         assert level is not None, "an evicted prefix is always cached"
         scratch = partial(level.scratch, anatomy.hidden_size, precise(self.job.recipe))
         watch: Watch[Any] = watched(self.console, "filling the prefix cache")
-        filled = prefill(self.job, level.store, share=level.share, scratch=scratch, watch=watch)
+        filled = prefill(self.job, level.store, scratch, share=level.share, watch=watch)
         self._tell(f"prefix cache: computed {filled}; the prefix's weights are not held")
         computed = [json.loads(text) for text in everyones(json.dumps([filled.examples, filled.tokens]))]
         return {

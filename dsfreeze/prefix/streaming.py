@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,52 +31,11 @@ from dsfreeze.job import Job, dtype_of, room_of
 from dsfreeze.prefix.eviction import Load, groups_of, token_embedding
 from dsfreeze.prefix.keys import example_key
 from dsfreeze.prefix.passage import Passage, Span
+from dsfreeze.prefix.store import Store
 from dsfreeze.progress import Watch
 
 #: Batches of the last group after which what was computed is made safe.
 FLUSH_EVERY = 64
-
-
-class States(Protocol):
-    """Where states lie, by example: what a fill asks of a store."""
-
-    def __contains__(self, key: bytes) -> bool: ...
-    def add(self, key: bytes, states: torch.Tensor) -> None: ...
-    def read(self, key: bytes, out: torch.Tensor) -> bool: ...
-    def flush(self) -> None: ...
-    def refresh(self) -> object: ...
-    def close(self) -> None: ...
-
-
-class Shelf:
-    """States in host memory, as they are."""
-
-    def __init__(self) -> None:
-        self._states: dict[bytes, torch.Tensor] = {}
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._states
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-    def add(self, key: bytes, states: torch.Tensor) -> None:
-        self._states[key] = states.clone()
-
-    def read(self, key: bytes, out: torch.Tensor) -> bool:
-        if key not in self._states:
-            return False
-        out.copy_(self._states[key])
-        return True
-
-    def flush(self) -> None:
-        """Nothing to write."""
-
-    def refresh(self) -> None:
-        """Nobody else adds."""
-
-    def close(self) -> None:
-        self._states.clear()
 
 
 @dataclass(frozen=True)
@@ -87,9 +46,9 @@ class Work:
     device: torch.device
     dtype: torch.dtype
     batch_size: int
+    scratch: Callable[[], Store]
     room: int = 0
     share: tuple[int, int] = (0, 1)
-    scratch: Callable[[], States] = Shelf
 
 
 @dataclass(frozen=True)
@@ -123,10 +82,10 @@ class Filled:
 
 def prefill(
     job: Job,
-    store: States,
+    store: Store,
+    scratch: Callable[[], Store],
     *,
     share: tuple[int, int] = (0, 1),
-    scratch: Callable[[], States] = Shelf,
     watch: Watch[Any] = iter,
 ) -> Filled:
     """Complete the store of a job whose prefix is evicted (collective); before its engine is built, for the device is empty then.
@@ -151,7 +110,7 @@ def prefill(
 
 
 def fill(
-    load: Load, data: TaskData, anatomy: Anatomy, cut: int, store: States, work: Work, watch: Watch[Any] = iter
+    load: Load, data: TaskData, anatomy: Anatomy, cut: int, store: Store, work: Work, watch: Watch[Any] = iter
 ) -> Filled:
     """Put into `store` what leaves the lowest `cut` transformer layers for every example of this rank's share that it lacks.
 
@@ -174,7 +133,7 @@ def fill(
     return Filled(sum(map(len, batches)), tokens, time.perf_counter() - began)
 
 
-def lacking(data: TaskData, store: States) -> list[Wanted]:
+def lacking(data: TaskData, store: Store) -> list[Wanted]:
     """Of all examples, train and eval, those the store lacks, each once."""
     found: dict[bytes, Wanted] = {}
     for rows in filter(None, (data.train, data.eval)):
@@ -185,7 +144,7 @@ def lacking(data: TaskData, store: States) -> list[Wanted]:
     return list(found.values())
 
 
-def everybody_has(data: TaskData, store: States) -> None:
+def everybody_has(data: TaskData, store: Store) -> None:
     """Every rank sees what all have computed (collective); UserError on all where one lacks an example after all."""
     together(store.flush)
     store.refresh()
@@ -215,12 +174,12 @@ class _Relay:
     """The group that is in memory, and the states handed on from group to group."""
 
     def __init__(
-        self, load: Load, data: TaskData, anatomy: Anatomy, groups: Sequence[Sequence[Layer]], store: States, work: Work
+        self, load: Load, data: TaskData, anatomy: Anatomy, groups: Sequence[Sequence[Layer]], store: Store, work: Work
     ) -> None:
         self.load, self.data, self.anatomy, self.groups, self.work = load, data, anatomy, groups, work
         self.store, self.number, self.start = store, -1, 0
-        self.before: States | None = None
-        self.after: States = store
+        self.before: Store | None = None
+        self.after: Store = store
         self.passage: Passage | None = None
         self._looked_up: set[str] = set()
         self._rounds = 0
