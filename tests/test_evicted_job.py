@@ -16,7 +16,7 @@ from dsfreeze.commands import export_folder
 from dsfreeze.errors import UserError
 from dsfreeze.job import prepare_job
 from dsfreeze.model import outline_of, read_anatomy
-from dsfreeze.prefix.eviction import evict, refuse_metrics, prefix_layers
+from dsfreeze.prefix.eviction import evict, prefix_layers, refuse_metrics
 from dsfreeze.prefix.keys import layer_digest
 from dsfreeze.recipe import ModelOptions, Recipe
 from dsfreeze.record import RECIPE

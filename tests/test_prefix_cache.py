@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny_runs import tiny_recipe
+from tiny_runs import llama_folder, tiny_recipe
 
 from dsfreeze.loop import train
 from dsfreeze.record import read_record
@@ -100,6 +100,40 @@ def test_nothing_changes_beyond_rounding_under_padding(tmp_path, freeze, options
     assert found == pytest.approx(wanted, rel=1e-6)
     assert cached["prefix_cache"]["hits"] == 90
     assert cached["trainable"] == plain["trainable"]
+
+
+def test_dropout_above_the_cut_draws_the_same_numbers(tmp_path):
+    """The prefix has none, with a cache or without; what is drawn above it does not depend on whether the prefix ran."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, hidden_dropout_prob=0.3,
+        attention_probs_dropout_prob=0.3, max_position_embeddings=64,
+    )  # fmt: skip
+    model = llama_folder(tmp_path / "bert")
+    BertForSequenceClassification(config).save_pretrained(model)
+    changes = {"model": str(model), "data": fixed(tmp_path, "classification")}
+    (wanted, _), (found, summary) = run(tmp_path, "off", **changes), run(tmp_path, "memory", **changes)
+    assert found == wanted
+    assert summary["prefix_cache"]["hits"] == 48
+    (dry, _) = run(tmp_path, "off", **{**changes, "model": {"name": str(model), "dropout": 0.0}})
+    assert dry != pytest.approx(wanted, rel=1e-3), "there is dropout"
+
+
+def test_packed_examples(tmp_path):
+    rows = [{"prompt": "ab" * (1 + i % 5), "completion": "c" * (1 + i % 7)} for i in range(40)]
+    data = {
+        **dict.fromkeys(("text", "label", "num_labels")),
+        "train": texts(tmp_path, "packed", rows),
+        "eval": None,
+        "packing": True,
+        "max_length": 64,
+    }
+    changes = {"task": "sft", "data": data}
+    (wanted, _), (found, summary) = run(tmp_path, "off", **changes), run(tmp_path, "memory", **changes)
+    assert found == pytest.approx(wanted, rel=1e-6)
+    told = summary["prefix_cache"]
+    assert told["hits"] == told["examples"] * 2 // 3 > 0
 
 
 # -- cuts that move ------------------------------------------------------------------------------------------------

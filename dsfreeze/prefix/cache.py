@@ -180,11 +180,11 @@ class PrefixCache:
 
     # -- passes ------------------------------------------------------------------------------------------------
 
-    def read(self, rows: Rows, chosen: np.ndarray, width: int) -> Staged | None:
-        """The examples' states from the highest level that holds them all, in a batch `width` positions wide."""
+    def read(self, rows: Rows, chosen: np.ndarray, width: int, above: int = 0) -> Staged | None:
+        """The examples' states from the highest level over the cut `above` that holds them all, in a batch `width` positions wide."""
         for level in self.view.levels:
             wanted = rows.of(chosen)
-            if not all(key in level.store for key, _ in wanted):
+            if level.cut <= above or not all(key in level.store for key, _ in wanted):
                 continue
             states = torch.zeros(len(wanted), width, self.job.anatomy.hidden_size, dtype=self.dtype)
             if all(level.store.read(key, states[row, :length]) for row, (key, length) in enumerate(wanted)):
@@ -208,8 +208,10 @@ class PrefixCache:
         if not view.cut or rows is None:
             yield
             return
-        if staged is None or staged.level not in view.levels:
-            staged = self.read(rows, chosen, batch["input_ids"].shape[1])
+        if staged is not None and staged.level not in view.levels:
+            staged = None
+        if (ahead := staged.level.cut if staged else 0) < view.cut:  # what was not there then may be there now
+            staged = self.read(rows, chosen, batch["input_ids"].shape[1], above=ahead) or staged
         staged = self._agreed(engine, view, staged)
         self._require_states(engine, staged)
         start = staged.level.cut if staged else 0
