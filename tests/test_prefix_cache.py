@@ -65,8 +65,17 @@ def fixed(folder, task):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("tier", ["memory", "disk"])
-@pytest.mark.parametrize("task", ["classification", "tokens", "causal_lm", "sft"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("task", "tier"),
+    [
+        ("classification", "memory"),
+        *(pytest.param(task, "memory", marks=SLOW) for task in ("tokens", "causal_lm", "sft")),
+        pytest.param("causal_lm", "disk", marks=SLOW),
+    ],
+)
 def test_nothing_changes_to_the_last_bit_with_fixed_shapes(tmp_path, task, tier):
     """Losses of every step, and every figure of the evaluations, which read the cache too."""
     data = fixed(tmp_path, task)
@@ -80,6 +89,7 @@ def test_nothing_changes_to_the_last_bit_with_fixed_shapes(tmp_path, task, tier)
     assert told["evaluation_hits"] == told["evaluation_examples"] * 3 // 4, "all evaluations but the first"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("freeze", "options"),
     [
@@ -102,6 +112,7 @@ def test_nothing_changes_beyond_rounding_under_padding(tmp_path, freeze, options
     assert cached["trainable"] == plain["trainable"]
 
 
+@pytest.mark.slow
 def test_dropout_above_the_cut_draws_the_same_numbers(tmp_path):
     """The prefix has none, with a cache or without; what is drawn above it does not depend on whether the prefix ran."""
     from transformers import BertConfig, BertForSequenceClassification
@@ -120,6 +131,7 @@ def test_dropout_above_the_cut_draws_the_same_numbers(tmp_path):
     assert dry != pytest.approx(wanted, rel=1e-3), "there is dropout"
 
 
+@pytest.mark.slow
 def test_packed_examples(tmp_path):
     rows = [{"prompt": "ab" * (1 + i % 5), "completion": "c" * (1 + i % 7)} for i in range(40)]
     data = {
@@ -148,6 +160,7 @@ def moving(**frozen):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tier", ["memory", "disk"])
 def test_a_cut_that_moves_up_goes_on_from_the_stored_states(tmp_path, tier):
     """layers.1 trains for two epochs and is frozen then, as it has become: an epoch extends the lower states, the next reads."""
@@ -158,6 +171,7 @@ def test_a_cut_that_moves_up_goes_on_from_the_stored_states(tmp_path, tier):
     assert (told["cut"], told["hits"], told["extended"], told["examples"]) == (2, 90, 45, 180)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tier", ["memory", "disk"])
 def test_a_cut_that_moves_down_reads_what_is_stored_there(tmp_path, tier):
     """Up and down again: layers.1 is frozen in the second epoch alone; the third reads the first one's states."""
@@ -168,6 +182,7 @@ def test_a_cut_that_moves_down_reads_what_is_stored_there(tmp_path, tier):
     assert (told["hits"], told["extended"], told["examples"]) == (45, 45, 135)
 
 
+@pytest.mark.slow
 def test_a_cut_that_moves_down_computes_where_nothing_is_stored(tmp_path):
     changes = {"freeze": moving(**{"layers.1": 24}), "train": {"num_train_epochs": 4}}
     (wanted, _), (found, summary) = run(tmp_path, "off", **changes), run(tmp_path, "memory", **changes)
@@ -176,6 +191,7 @@ def test_a_cut_that_moves_down_computes_where_nothing_is_stored(tmp_path):
     assert (told["hits"], told["extended"]) == (90, 0), "the second epoch above layers.1, the fourth above layers.0"
 
 
+@pytest.mark.slow
 def test_states_of_weights_that_have_trained_since_are_never_read(tmp_path):
     """layers.1 is frozen, trains, and is frozen again: its states of before are of other weights."""
     changes = {
@@ -197,7 +213,8 @@ def test_states_of_weights_that_have_trained_since_are_never_read(tmp_path):
     assert stale != pytest.approx(wanted, rel=1e-5), "the trained layer makes a difference that the test sees"
 
 
-@pytest.mark.parametrize("strategy", ["autofreeze", "gradual_unfreezing", "badam", "hift", "adt_l"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["autofreeze", "gradual_unfreezing", "hift"])
 def test_methods_that_move_have_the_same_losses(tmp_path, strategy):
     (wanted, _), (found, _) = (
         run(tmp_path, tier, freeze={"strategy": strategy, "fraction": None, "switch_every": 6})

@@ -50,6 +50,7 @@ def test_cache_fills_once_and_training_reads_from_the_first_step(tmp_path, capsy
     assert found["evaluation_hits"] == found["evaluation_examples"]
 
 
+@pytest.mark.slow
 def test_cache_says_what_it_did(tmp_path, capsys):
     assert command(["cache", *words(tmp_path)]) == 0
     out = capsys.readouterr().out
@@ -70,6 +71,7 @@ def test_cache_refuses_what_has_no_prefix(tmp_path, capsys, more, message):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tier", ["memory", "disk", "auto"])
 def test_an_evicted_run_is_the_run_with_its_prefix(tmp_path, tier):
     (wanted, plain) = run(tmp_path, "off")
@@ -89,6 +91,7 @@ def test_an_evicted_run_is_the_run_with_its_prefix(tmp_path, tier):
         assert torch.equal(tensor, base[name]) if name in gone else torch.allclose(tensor, whole[name], atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_an_evicted_run_resumes_and_exports_from_its_checkpoint(tmp_path):
     options = {**EPOCHS, "save_strategy": "steps", "save_steps": 17}
     freeze = {"evict_prefix": True}
@@ -110,6 +113,7 @@ def test_an_evicted_run_resumes_and_exports_from_its_checkpoint(tmp_path):
     assert run(tmp_path, "off", train=third)[0] == pytest.approx(wanted[17:], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_state_that_is_gone_ends_an_evicted_run_with_the_reason(tmp_path, own_cache, monkeypatch):
     from dsfreeze.prefix import cache as caches
 
@@ -150,6 +154,7 @@ def test_eviction_without_a_cache_is_a_mistake_of_the_recipe(tmp_path):
         tiny_recipe(tmp_path, freeze={"evict_prefix": True})
 
 
+@pytest.mark.slow
 def test_a_moving_cut_above_an_evicted_prefix(tmp_path):
     """layers.1 freezes for the second and third epoch; layers.0 is gone from the start. Oracle: the run without a cache."""
     freeze = {

@@ -53,6 +53,7 @@ def test_no_room_is_an_error_before_the_first_step(tmp_path, monkeypatch):
     assert not (tmp_path / "disk" / "steps.jsonl").exists() or not losses(tmp_path / "disk")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_the_middle_is_said_and_the_run_goes_on(tmp_path, monkeypatch, plain):
     monkeypatch.setattr(
         stores, "write_shard", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
@@ -64,7 +65,9 @@ def test_a_disk_that_fills_up_in_the_middle_is_said_and_the_run_goes_on(tmp_path
     assert cache["hits"] == 0
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "garbage"])
+@pytest.mark.parametrize(
+    "damage", ["flipped", *(pytest.param(damage, marks=pytest.mark.slow) for damage in ("cut", "garbage"))]
+)
 def test_a_damaged_file_is_never_used_and_made_again(tmp_path, own_cache, plain, damage):
     told_by(tmp_path)
     (path,) = shards(own_cache)
@@ -81,6 +84,7 @@ def test_a_damaged_file_is_never_used_and_made_again(tmp_path, own_cache, plain,
     assert again == pytest.approx(plain, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_cache_of_something_else_is_passed_over_with_the_reason(tmp_path, own_cache):
     told_by(tmp_path)
     _, cache, said = told_by(tmp_path, data={"max_length": 32})
@@ -103,6 +107,7 @@ def test_a_cache_of_something_else_is_passed_over_with_the_reason(tmp_path, own_
     assert len(list(own_cache.iterdir())) == 4
 
 
+@pytest.mark.slow
 def test_what_does_not_bear_on_the_states_shares_a_cache(tmp_path):
     """Seed, rate, batch, adapter, other labels: every example is there from the first step on."""
     told_by(tmp_path)
@@ -115,6 +120,7 @@ def test_what_does_not_bear_on_the_states_shares_a_cache(tmp_path):
         assert cache["hits"] == cache["examples"], changes
 
 
+@pytest.mark.slow
 def test_auto_reads_what_another_run_has_stored_even_for_one_epoch(tmp_path):
     one = {"train": {"num_train_epochs": 1}}
     _, cache, said = told_by(tmp_path, "auto", **one)
@@ -125,6 +131,7 @@ def test_auto_reads_what_another_run_has_stored_even_for_one_epoch(tmp_path):
     assert (cache["tier"], cache["hits"], cache["examples"]) == ("disk", 45, 45)
 
 
+@pytest.mark.slow
 def test_a_second_run_at_the_same_time_reads_and_does_not_write(tmp_path, own_cache, plain, monkeypatch):
     """The first holds the folder's lock while the second runs from start to end."""
     reached, go_on, said = threading.Event(), threading.Event(), {}
@@ -185,6 +192,7 @@ def test_a_killed_fill_is_gone_on_with(tmp_path, own_cache, plain):
     assert cache["hits"] > 90, "whole shards of the killed run are read in the first epoch"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tier", ["memory", "disk"])
 def test_resuming_in_the_middle_of_an_epoch(tmp_path, tier):
     """The loader reads ahead, and the checkpoint says where the training stood. Oracle: the uninterrupted run."""
@@ -209,6 +217,7 @@ def test_resuming_in_the_middle_of_an_epoch(tmp_path, tier):
     assert told["hits"] == told["examples"] if tier == "disk" else 0 < told["hits"] < 45
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_with_another_prefix_cache(tmp_path, plain):
     """The key is no part of the plan: an adaptive strategy's rule is the same too."""
     options = {"save_strategy": "steps", "save_steps": 17}
@@ -222,6 +231,7 @@ def test_a_checkpoint_goes_on_with_another_prefix_cache(tmp_path, plain):
     assert found == pytest.approx(plain[17:], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stored", "tolerance"), [("bf16", 2e-2), ("fp16", 2e-3), ("int8", 5e-2)])
 def test_narrow_states_change_losses_a_little(tmp_path, plain, stored, tolerance):
     found, cache, _ = told_by(tmp_path, "memory", freeze={"prefix_cache_dtype": stored})
@@ -231,6 +241,7 @@ def test_narrow_states_change_losses_a_little(tmp_path, plain, stored, tolerance
     assert cache["bytes"] * (4 if stored == "int8" else 2) == pytest.approx(full, rel=0.2)
 
 
+@pytest.mark.slow
 def test_bf16_runs_store_their_own_precision(tmp_path):
     (wanted, _), (found, summary) = (run(tmp_path, tier, train={"bf16": True}) for tier in ("off", "memory"))
     assert found == pytest.approx(wanted, rel=2e-2)
@@ -299,6 +310,7 @@ def test_off_is_a_word(tmp_path):
         load_recipe(file, ["freeze.prefix_cache=ram"])
 
 
+@pytest.mark.slow
 def test_a_plan_without_a_prefix_says_so_and_trains(tmp_path):
     found, cache, said = told_by(tmp_path, "memory", freeze={"strategy": "full", "fraction": None})
     assert cache["tier"] == "off"

@@ -501,6 +501,7 @@ def start(code: str, *arguments) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_whole_shards_and_the_next_one_goes_on(tmp_path):
     child = start(
         """
@@ -542,6 +543,7 @@ def test_temporary_files_of_the_living_stay_and_strangers_go_after_a_day(tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([names[0], names[1], names[3]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writers", [("a", "b"), ("w", "w")])
 def test_two_processes_fill_one_folder(tmp_path, writers):
     code = """

@@ -37,6 +37,7 @@ def on_ranks(recipe: Recipe, world_size: int = 2) -> tuple[list[float], int, int
     return everyone[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
 def test_every_stage_trains_the_suffix_as_it_trains_the_whole(tmp_path: Path, zero: str) -> None:
     recipe = changed(tiny_recipe(tmp_path), zero=zero, train={"per_device_train_batch_size": 2})

@@ -18,6 +18,7 @@ def cached(folder: Path, tier: str, **freeze):
     return tiny_recipe(folder, freeze=freeze, train=EPOCHS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tier", ["memory", "disk"])
 def test_every_stage_has_the_losses_of_a_run_without_a_cache(tmp_path, tier):
     """45 examples in batches of 4, so that the ranks meet other examples in each epoch, and a filler at its end."""
@@ -34,6 +35,7 @@ def test_every_stage_has_the_losses_of_a_run_without_a_cache(tmp_path, tier):
     assert not [name for name in os.listdir("/dev/shm") if name.startswith("dsfreeze-")], "shared memory is given back"
 
 
+@pytest.mark.slow
 def test_a_second_run_reads_what_the_first_one_stored(tmp_path):
     """Other seed, other learning rate, another stage and world size: every example is there from the first step on."""
     first = values(cached(tmp_path, "disk"), "zero2", tmp_path / "first", ranks=2)
