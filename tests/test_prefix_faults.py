@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 from test_prefix_cache import EPOCHS, losses, run
-from tiny_runs import llama_folder, tiny_recipe
+from tiny_runs import llama_folder, t5_folder, tiny_recipe
 
 from dsfreeze.data import Loader
 from dsfreeze.errors import UserError
@@ -308,6 +308,24 @@ def test_off_is_a_word(tmp_path):
     assert load_recipe(file, ["freeze.prefix_cache=auto"]).freeze.prefix_cache == "auto"
     with pytest.raises(UserError, match=r"prefix_cache"):
         load_recipe(file, ["freeze.prefix_cache=ram"])
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_is_refused_by_name_and_auto_trains_without(tmp_path):
+    rows = "".join(json.dumps({"source": "ab" * (i % 4 + 1), "target": "ba"}) + "\n" for i in range(12))
+    (tmp_path / "pairs.jsonl").write_text(rows)
+    data = {
+        **dict.fromkeys(("label", "num_labels", "eval")),
+        "train": str(tmp_path / "pairs.jsonl"),
+        "text": ["source", "target"],
+    }
+    changes = {"model": str(t5_folder(tmp_path / "t5")), "task": "seq2seq", "data": data}
+    with pytest.raises(UserError, match="passes through one stack of layers, and .* has two"):
+        run(tmp_path, "memory", **changes)
+    found, cache, said = told_by(tmp_path, "auto", **changes)
+    assert found == run(tmp_path, "off", **changes)[0]
+    assert cache["tier"] == "off"
+    assert "has two" in said
 
 
 @pytest.mark.slow

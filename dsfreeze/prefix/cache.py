@@ -88,7 +88,7 @@ class PrefixCache:
     def __init__(self, job: Job, ranks: Ranks, console: Console, num_steps: int, steps_per_epoch: int) -> None:
         self.job, self.ranks, self.console = job, ranks, console
         self.num_steps, self.steps_per_epoch = num_steps, steps_per_epoch
-        self.wanted = job.recipe.freeze.prefix_cache != "off"
+        self.asked = self.wanted = job.recipe.freeze.prefix_cache != "off"
         self.dtype = dtype_of(job.recipe)
         self.train = Rows(job.data.train) if job.data.train is not None else None
         self.eval = Rows(job.data.eval) if job.data.eval is not None else None
@@ -136,7 +136,7 @@ class PrefixCache:
         usable = [level for level in self.holdings.levels if level.cut <= stretch.cut]
         self.view = View(stretch.cut if usable else 0, tuple(sorted(usable, key=lambda level: -level.cut)))
         if usable:
-            self._require_passable(engine)
+            self._settle(engine)
 
     def _open(self, stretch: Stretch, read: ReadWeight) -> Level | None:
         """The stretch's level: open already, or worth opening."""
@@ -155,6 +155,18 @@ class PrefixCache:
         for note in level.notes:
             self._tell(f"prefix cache: {note}")
         return level
+
+    def _settle(self, engine: Engine) -> None:
+        """Make sure that the model can start at the cut: an error where a cache was asked for by name, a reason against it where `auto`
+        was to find out (collective at stage 3)."""
+        try:
+            self._require_passable(engine)
+        except UserError as refusal:
+            if self.job.recipe.freeze.prefix_cache != "auto" or self.job.eviction is not None:
+                raise
+            self.tier, self.reason, self.wanted = "off", f"off: {refusal}", False
+            self._tell(f"prefix cache: {self.reason}")
+            self.close()
 
     def _require_passable(self, engine: Engine) -> None:
         """Two examples through the model with and without its prefix (collective at stage 3); UserError where that differs."""
@@ -186,7 +198,9 @@ class PrefixCache:
             wanted = rows.of(chosen)
             if level.cut <= above or not all(key in level.store for key, _ in wanted):
                 continue
-            states = torch.zeros(len(wanted), width, self.job.anatomy.hidden_size, dtype=self.dtype)
+            shape = (len(wanted), width, self.job.anatomy.hidden_size)
+            # from pinned memory a GPU takes them while it computes
+            states = torch.zeros(shape, dtype=self.dtype, pin_memory=self.ranks.device.type == "cuda")
             if all(level.store.read(key, states[row, :length]) for row, (key, length) in enumerate(wanted)):
                 return Staged(level, states)
         return None
@@ -288,7 +302,7 @@ class PrefixCache:
 
     def summary(self, engine: Engine) -> Mapping[str, Any] | None:
         """What the cache did, of all ranks (collective); None where none was asked for."""
-        if not self.wanted:
+        if not self.asked:
             return None
         counts = {
             "hits": self.trained.hits, "extended": self.trained.extended, "examples": self.trained.total,
