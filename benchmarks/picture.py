@@ -1,4 +1,5 @@
-"""Draws docs/saving.svg, the picture of the README, from step_time.json and state_bytes.json (needs the extra `notebook`)."""
+"""Draws the README's pictures (needs the extra `notebook`): docs/prefix_cache.svg from prefix_cache.json, docs/saving.svg from
+step_time.json and state_bytes.json."""
 
 from __future__ import annotations
 
@@ -15,6 +16,21 @@ NAMES = {
     "bottom50": "bottom 50 % frozen",
     "bottom75": "bottom 75 % frozen",
 }
+#: Rows of the first picture: in prefix_cache.json, for people, whose it is.
+CACHED = (
+    ("full", "full tuning", 1),
+    ("llamafactory-lora", "LoRA, LLaMA-Factory", 2),
+    ("peft-lora", "LoRA, PEFT", 2),
+    ("lora", "LoRA", 1),
+    ("llamafactory-freeze-50", "bottom 50 % frozen, LLaMA-Factory", 2),
+    ("peft-freeze-50", "bottom 50 % frozen, PEFT", 2),
+    ("bottom50", "bottom 50 % frozen", 1),
+    ("bottom50_memory", "bottom 50 % frozen, prefix cached", 0),
+    ("llamafactory-freeze-75", "bottom 75 % frozen, LLaMA-Factory", 2),
+    ("peft-freeze-75", "bottom 75 % frozen, PEFT", 2),
+    ("bottom75", "bottom 75 % frozen", 1),
+    ("bottom75_memory", "bottom 75 % frozen, prefix cached", 0),
+)
 LAYERS = 12
 FROZEN = {"full": (), "top50": range(6, 12), "bottom50": range(6), "bottom75": range(9)}
 
@@ -64,16 +80,45 @@ def draw_bytes(axis: plt.Axes, colours: list) -> None:
     sns.despine(ax=axis)
 
 
+def draw_cached(axis: plt.Axes, colours: list) -> None:
+    """Steps per second with the prefix read from a cache, beside what else there is."""
+    plans = json.loads((HERE / "prefix_cache.json").read_text())["plans"]
+    rows = [row for row in CACHED if row[0] in plans]
+    for row, (name, _, kind) in enumerate(reversed(rows)):
+        times = plans[name]["times_faster_than_full"]
+        error = [[times["median"] - times["q1"]], [times["q3"] - times["median"]]]
+        axis.barh(row, times["median"], xerr=error, color=colours[kind], height=0.62, error_kw={"linewidth": 1})
+        if "by_flops" in plans[name]:
+            axis.plot([plans[name]["by_flops"]] * 2, [row - 0.4, row + 0.4], color="black", linewidth=2)
+        axis.text(
+            0.04, row, f"{times['median']:.2f}×", va="center", color="white" if kind < 2 else "black", fontweight="bold"
+        )
+    axis.set_yticks(range(len(rows)), [label for _, label, _ in reversed(rows)])
+    axis.set(xlabel="steps per second, full tuning = 1 (median and quartiles; black line: by FLOPs)")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
+    labels = ("dsfreeze, the prefix read from its cache", "dsfreeze", "other tools, same machine, in turns")
+    axis.legend(handles, labels, loc="upper right", frameon=False)
+    sns.despine(ax=axis)
+
+
+def draw_prefix_cache(palette: list) -> None:
+    figure, axis = plt.subplots(figsize=(10, 4.6))
+    draw_cached(axis, [palette[5], palette[2], (0.8, 0.82, 0.84)])
+    figure.tight_layout()
+    figure.savefig(HERE.parent / "docs" / "prefix_cache.svg", metadata={"Date": None})
+
+
 def main() -> None:
     sns.set_theme(style="ticks", font_scale=0.85)
+    plt.rcParams["svg.hashsalt"] = "dsfreeze"
     palette = sns.color_palette("crest", 6)
+    draw_prefix_cache(palette)
     colours = [palette[4], (0.72, 0.76, 0.78), (0.9, 0.92, 0.93)]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.9), width_ratios=(1.0, 1.2, 1.0))
     draw_plans(left, colours)
     draw_times(middle, colours)
     draw_bytes(right, colours)
     figure.tight_layout()
-    plt.rcParams["svg.hashsalt"] = "dsfreeze"
     figure.savefig(HERE.parent / "docs" / "saving.svg", metadata={"Date": None})
 
 

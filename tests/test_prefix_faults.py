@@ -320,7 +320,7 @@ def test_an_encoder_decoder_is_refused_by_name_and_auto_trains_without(tmp_path)
         "text": ["source", "target"],
     }
     changes = {"model": str(t5_folder(tmp_path / "t5")), "task": "seq2seq", "data": data}
-    with pytest.raises(UserError, match="passes through one stack of layers, and .* has two"):
+    with pytest.raises(UserError, match=r"passes through one stack of layers, and .* has two"):
         run(tmp_path, "memory", **changes)
     found, cache, said = told_by(tmp_path, "auto", **changes)
     assert found == run(tmp_path, "off", **changes)[0]

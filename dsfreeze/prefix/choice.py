@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from dsfreeze.anatomy import Anatomy, Layer
+from dsfreeze.engine.process import everyones
 from dsfreeze.engine.ranks import Ranks
 from dsfreeze.estimate.caching import MEMORY_SHARE, CacheCost, Choice, asked_for, cache_cost, choose, require_room
 from dsfreeze.hardware import DEVICES, Device, find_device
@@ -40,12 +43,12 @@ def stretch_of(plan: FreezePlan, anatomy: Anatomy, phase: Phase, step: int, num_
 
 
 def choose_tier(job: Job, ranks: Ranks, stretch: Stretch, steps_per_epoch: int, tokens: tuple[int, int]) -> Choice:
-    """The tier, and why; UserError where the one asked for has no room."""
+    """The tier, and why (collective: all ranks choose alike); UserError where the one asked for has no room."""
     wanted = job.recipe.freeze.prefix_cache
     if not stretch.cut:
         return Choice("off", "off: no transformer layer lies below all that trains")
     cost = _cost(job, ranks, stretch, steps_per_epoch, tokens)
-    room = {"free_memory": free_memory(ranks), "free_disk": free_disk(job.recipe.freeze.prefix_cache_dir)}
+    room = _least_room(ranks, job.recipe.freeze.prefix_cache_dir)
     if wanted != "auto":
         require_room(wanted, cost, **room)
         return asked_for(wanted, cost)
@@ -54,6 +57,12 @@ def choose_tier(job: Job, ranks: Ranks, stretch: Stretch, steps_per_epoch: int, 
         choice = asked_for("memory" if MEMORY_SHARE * cost.size <= room["free_memory"] else "disk", cost)
         require_room(choice.tier, cost, **room)
     return choice
+
+
+def _least_room(ranks: Ranks, folder: Path | None) -> dict[str, int]:
+    """What the rank that has least has free, in bytes: machines differ, and figures change from one moment to the next."""
+    told = [json.loads(text) for text in everyones(json.dumps([free_memory(ranks), free_disk(folder)]))]
+    return {"free_memory": min(memory for memory, _ in told), "free_disk": min(disk for _, disk in told)}
 
 
 def _cost(job: Job, ranks: Ranks, stretch: Stretch, steps_per_epoch: int, tokens: tuple[int, int]) -> CacheCost:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import cache
 
 import numpy as np
 
 from dsfreeze.data.examples import Examples
-from dsfreeze.prefix.keys import example_key
+from dsfreeze.prefix.keys import KEY_BYTES, example_key
 
 
 class Rows:
-    """Keys (made when they are first asked for) and lengths of a set of examples."""
+    """Keys (made when they are first asked for, 17 bytes an example) and lengths of a set of examples."""
 
     def __init__(self, examples: Examples) -> None:
         self.examples = examples
-        self.key = cache(self._key)
+        self._keys = np.zeros((len(examples), KEY_BYTES), dtype=np.uint8)
+        self._known = np.zeros(len(examples), dtype=bool)
 
-    def _key(self, index: int) -> bytes:
-        return example_key(self.examples[index])
+    def key(self, index: int) -> bytes:
+        if not self._known[index]:  # two threads may both make it, and make the same
+            self._keys[index] = np.frombuffer(example_key(self.examples[index]), dtype=np.uint8)
+            self._known[index] = True
+        return self._keys[index].tobytes()
 
     def every_key(self) -> Iterator[bytes]:
         return map(self.key, range(len(self.examples)))
