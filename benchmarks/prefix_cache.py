@@ -55,9 +55,9 @@ FLOOR = {"bottom50": 1.5, "bottom75": 2.0, "bottom50_memory": 2.0, "bottom75_mem
 #: Other tools' bottom freezing and LoRA, each in a process of its own.
 PEERS = (
     "llamafactory-full", "llamafactory-freeze-50", "llamafactory-freeze-75", "llamafactory-lora", "peft-freeze-50", "peft-freeze-75",
-    "peft-lora", "peft-lora-top-50", "peft-lora-top-75", "torch-full",
+    "peft-lora", "peft-lora-top-50",
 )  # fmt: skip
-ROUNDS, STEPS, WARMUP, CONSECUTIVE = 15, 2, 2, 40
+ROUNDS, STEPS, WARMUP, CONSECUTIVE = 13, 2, 2, 40
 BATCH, LENGTH, BLOCKS = 4, 128, 64
 
 
