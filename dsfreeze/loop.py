@@ -90,10 +90,11 @@ class Run:
         resumed = find_start(self.job, self.total, self.loader.global_batch_size)
         if resumed and self.job.plan.decide_at is not None:
             self.job.plan = resumed.plan  # an adaptive plan, as far as it has been decided
-        if self.job.eviction is not None:
-            self.prefix.prefill()
-        engine = build_engine(self.job.module, self.job.held, self.job.recipe, self.job.plan)
+        engine: Engine | None = None
         try:
+            if self.job.eviction is not None:
+                self.prefix.prefill()
+            engine = build_engine(self.job.module, self.job.held, self.job.recipe, self.job.plan)
             self.phases.start(engine, resumed.step if resumed else 0)
             if self.job.recipe.data.packing:
                 check_packing(engine.no_grad_forward, self.job.module.config.vocab_size)
@@ -105,7 +106,8 @@ class Run:
             self.journal.close()
             self.steps.close()
             self.prefix.close()
-            engine.close()
+            if engine is not None:
+                engine.close()
 
     def _resume(self, engine: Engine, found: Checkpoint) -> None:
         engine.load_state(found.state())
@@ -162,7 +164,7 @@ class Run:
             together(self.journal.raise_failure)
         self.step, self.loss = self.step + 1, loss
         self.seconds.append(seconds)
-        self.prefix.after_step(seconds)
+        self.prefix.after_step(seconds + self.steps.last_wait)
         memory = engine.memory()
         line = {
             "step": self.step, "epoch": step.epoch, "loss": loss, "learning_rate": learning_rate, "grad_norm": norm,
@@ -263,5 +265,5 @@ class Run:
         spared = prefix_flops(self.job.anatomy, frozenset(phase.trainable), self.job.recipe.data.max_length)
         return {
             **found, "flops_spared": spared, "seconds_waited": self.steps.waited,
-            "wait_share": self.steps.waited / taken if taken else 0.0,
+            "wait_share": self.steps.waited / (taken + self.steps.waited) if taken else 0.0,
         }  # fmt: skip

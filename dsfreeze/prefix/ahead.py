@@ -27,21 +27,23 @@ class Ready:
 
 
 class ReadAhead(Iterator[Ready]):
-    """The loader's steps, each with its states. `waited` is how long `next` has waited for them, in seconds.
+    """The loader's steps, each with its states. `waited` is how long `next` has waited for them in all, `last_wait` the last time,
+    in seconds.
 
     The loader runs ahead of the training: `state_dict` is where the training stands. Close it, or a thread is left waiting.
     """
 
     def __init__(self, loader: Loader, cache: PrefixCache) -> None:
         self.loader, self.cache = loader, cache
-        self.waited = 0.0
+        self.waited = self.last_wait = 0.0
         self._position = loader.state_dict()
         self._queue: queue.Queue[Ready | BaseException] = queue.Queue(DEPTH)
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __next__(self) -> Ready:
-        if not self.cache.wanted:
+        self.last_wait = 0.0
+        if self._thread is None and not self.cache.wanted:  # once it reads, only the thread asks the loader
             found: Ready | BaseException = self._make()
         else:
             if self._thread is None:
@@ -49,7 +51,8 @@ class ReadAhead(Iterator[Ready]):
                 self._thread.start()
             began = time.perf_counter()
             found = self._queue.get()
-            self.waited += time.perf_counter() - began
+            self.last_wait = time.perf_counter() - began
+            self.waited += self.last_wait
         if isinstance(found, BaseException):
             raise found
         self._position = found.position

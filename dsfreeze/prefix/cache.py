@@ -27,13 +27,20 @@ from dsfreeze.engine import Engine
 from dsfreeze.engine.process import everyones
 from dsfreeze.engine.ranks import Ranks
 from dsfreeze.errors import UserError
-from dsfreeze.estimate.caching import Choice
 from dsfreeze.job import Job, dtype_of
 from dsfreeze.plan import FreezePlan, Phase
 from dsfreeze.prefix.choice import Stretch, choose_tier, precise, stretch_of
 from dsfreeze.prefix.holdings import Holdings, ReadWeight
 from dsfreeze.prefix.levels import Level
-from dsfreeze.prefix.passage import Kept, Passage, Span, cut_of, require_passable, require_suffix
+from dsfreeze.prefix.passage import (
+    Kept,
+    Passage,
+    Span,
+    cut_of,
+    require_fixed_positions,
+    require_passable,
+    require_suffix,
+)
 from dsfreeze.prefix.rows import Rows
 from dsfreeze.prefix.store import MemoryStore
 from dsfreeze.prefix.streaming import prefill
@@ -142,10 +149,10 @@ class PrefixCache:
         """The stretch's level: open already, or worth opening."""
         if stretch.cut and (there := self.holdings.find(stretch, read)):
             return there
-        choice = choose_tier(self.job, self.ranks, stretch, self.steps_per_epoch, self._tokens())
-        auto = self.job.recipe.freeze.prefix_cache == "auto"
-        if auto and stretch.cut and self.holdings.lie_on_disk(stretch, read, self.train):
-            choice = Choice("disk", "disk: another run has stored the states of these examples")
+        there = self.holdings.there(stretch, read, self.train)
+        choice = choose_tier(
+            self.job, self.ranks, stretch, self.steps_per_epoch, self._tokens(), there, first=not self.reason
+        )
         self._tell(f"prefix cache: {choice.reason}")
         if choice.tier == "off":
             self.reason = self.reason or choice.reason
@@ -161,12 +168,17 @@ class PrefixCache:
         was to find out (collective at stage 3)."""
         try:
             self._require_passable(engine)
-        except UserError as refusal:
-            if self.job.recipe.freeze.prefix_cache != "auto" or self.job.eviction is not None:
-                raise
-            self.tier, self.reason, self.wanted = "off", f"off: {refusal}", False
-            self._tell(f"prefix cache: {self.reason}")
-            self.close()
+            refusal = ""
+        except UserError as problem:
+            refusal = str(problem)
+        refusal = next(filter(None, everyones(refusal)), "")  # ranks round apart, and must go on alike
+        if not refusal:
+            return
+        if self.job.recipe.freeze.prefix_cache != "auto" or self.job.eviction is not None:
+            raise UserError(refusal)
+        self.tier, self.reason, self.wanted = "off", f"off: {refusal}", False
+        self._tell(f"prefix cache: {self.reason}")
+        self.close()
 
     def _require_passable(self, engine: Engine) -> None:
         """Two examples through the model with and without its prefix (collective at stage 3); UserError where that differs."""
@@ -178,14 +190,16 @@ class PrefixCache:
         self._passable.add(cut)
         shortest = np.argsort(rows.examples.num_tokens, kind="stable")[:2]
         batch = self.job.data.collate([rows.examples[int(index)] for index in shortest])
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        require_fixed_positions(self._passage, self.job.recipe.data.max_length)
         if self.job.eviction is None:
-            require_passable(self._passage, engine.no_grad_forward, inputs, cut)
+            require_passable(self._passage, engine.no_grad_forward, batch, cut, self.dtype)
             return
         staged = self.read(rows, shortest, batch["input_ids"].shape[1])
-        if staged is not None:
-            states = staged.states.to(engine.device)
-            require_suffix(self._passage, engine.no_grad_forward, inputs, states, staged.level.cut)
+        self._require_states(engine, staged)
+        assert staged is not None, "it was asked for"
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        states = staged.states.to(engine.device)
+        require_suffix(self._passage, engine.no_grad_forward, inputs, states, staged.level.cut)
 
     def _tokens(self) -> tuple[int, int]:
         return self.train.tokens if self.train else 0, self.eval.tokens if self.eval else 0

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from dsfreeze.anatomy import Anatomy, Layer
-from dsfreeze.engine.process import everyones
+from dsfreeze.engine.process import everyones, together
 from dsfreeze.engine.ranks import Ranks
+from dsfreeze.errors import UserError
 from dsfreeze.estimate.caching import MEMORY_SHARE, CacheCost, Choice, asked_for, cache_cost, choose, require_room
 from dsfreeze.hardware import DEVICES, Device, find_device
 from dsfreeze.job import Job
 from dsfreeze.plan import FreezePlan, Phase
 from dsfreeze.prefix.codec import CODECS
-from dsfreeze.prefix.levels import free_disk, free_memory
+from dsfreeze.prefix.levels import disk_root, free_disk, free_memory
 from dsfreeze.prefix.passage import cut_of
 from dsfreeze.recipe import Recipe
 
@@ -42,27 +44,65 @@ def stretch_of(plan: FreezePlan, anatomy: Anatomy, phase: Phase, step: int, num_
     return Stretch(cut, layers, phase.trainable, min(min(ends, default=num_steps), num_steps) - step)
 
 
-def choose_tier(job: Job, ranks: Ranks, stretch: Stretch, steps_per_epoch: int, tokens: tuple[int, int]) -> Choice:
-    """The tier, and why (collective: all ranks choose alike); UserError where the one asked for has no room."""
+@dataclass(frozen=True)
+class There:
+    """What lies on disk already of a stretch's states; asked for only where it matters (both collective)."""
+
+    complete: Callable[[], bool]
+    """Whether every rank finds the states of all training examples."""
+    nbytes: Callable[[], int]
+    """Bytes of states that are there."""
+
+
+def choose_tier(
+    job: Job,
+    ranks: Ranks,
+    stretch: Stretch,
+    steps_per_epoch: int,
+    tokens: tuple[int, int],
+    there: There,
+    *,
+    first: bool,
+) -> Choice:
+    """The tier, and why (collective: all ranks choose alike). UserError where the one asked for has no room at the `first` choice of a
+    run; later on the run goes on without."""
     wanted = job.recipe.freeze.prefix_cache
     if not stretch.cut:
         return Choice("off", "off: no transformer layer lies below all that trains")
     cost = _cost(job, ranks, stretch, steps_per_epoch, tokens)
     room = _least_room(ranks, job.recipe.freeze.prefix_cache_dir)
-    if wanted != "auto":
+    if wanted == "auto":
+        if cost.read_seconds("disk") < cost.recompute_seconds and there.complete():
+            return Choice("disk", "disk: the states of all examples are stored already")
+        choice = choose(cost, **room)
+        if choice.tier != "off" or job.eviction is None:
+            return choice
+        # without its weights a prefix can only be read
+        wanted = "memory" if MEMORY_SHARE * cost.size <= room["free_memory"] else "disk"
+    if wanted == "disk" and cost.size > room["free_disk"]:
+        room["free_disk"] += there.nbytes()
+    try:
         require_room(wanted, cost, **room)
-        return asked_for(wanted, cost)
-    choice = choose(cost, **room)
-    if choice.tier == "off" and job.eviction is not None:  # without its weights a prefix can only be read
-        choice = asked_for("memory" if MEMORY_SHARE * cost.size <= room["free_memory"] else "disk", cost)
-        require_room(choice.tier, cost, **room)
-    return choice
+    except UserError as problem:
+        if first:
+            raise
+        return Choice("off", f"off from here on: {problem}")
+    return asked_for(wanted, cost)
 
 
 def _least_room(ranks: Ranks, folder: Path | None) -> dict[str, int]:
     """What the rank that has least has free, in bytes: machines differ, and figures change from one moment to the next."""
-    told = [json.loads(text) for text in everyones(json.dumps([free_memory(ranks), free_disk(folder)]))]
+    told = [json.loads(text) for text in everyones(json.dumps(together(lambda: _room(ranks, folder))))]
     return {"free_memory": min(memory for memory, _ in told), "free_disk": min(disk for _, disk in told)}
+
+
+def _room(ranks: Ranks, folder: Path | None) -> tuple[int, int]:
+    try:
+        return free_memory(ranks), free_disk(folder)
+    except OSError as error:
+        raise UserError(
+            f"freeze.prefix_cache_dir: {disk_root(folder)} cannot be looked at: {error.strerror or error}."
+        ) from error
 
 
 def _cost(job: Job, ranks: Ranks, stretch: Stretch, steps_per_epoch: int, tokens: tuple[int, int]) -> CacheCost:

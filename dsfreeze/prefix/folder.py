@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +136,8 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return manifest if isinstance(manifest, dict) else None
+
+
+def manifests(root: Path) -> Iterator[dict[str, Any]]:
+    """Those of all folders under `root` that can be read."""
+    return filter(None, map(_read_manifest, _subfolders(root)))

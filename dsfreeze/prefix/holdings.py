@@ -17,10 +17,12 @@ from dsfreeze.engine.ranks import Ranks
 from dsfreeze.estimate.caching import Choice
 from dsfreeze.job import Job, dtype_of
 from dsfreeze.model_card import public_name
-from dsfreeze.prefix.choice import Stretch, stored_as
+from dsfreeze.prefix.choice import Stretch, There, stored_as
+from dsfreeze.prefix.folder import manifests
 from dsfreeze.prefix.keys import layer_digest, manifest_of
-from dsfreeze.prefix.levels import Level, open_level, stored_keys
+from dsfreeze.prefix.levels import Level, disk_root, open_level, stored
 from dsfreeze.prefix.rows import Rows
+from dsfreeze.prefix.store import Store
 
 #: A full CPU copy of a parameter (`Engine.read_weight`, collective at stage 3).
 ReadWeight = Callable[[str], torch.Tensor]
@@ -38,6 +40,8 @@ class Holdings:
 
     def find(self, stretch: Stretch, read: ReadWeight) -> Level | None:
         """The level of the stretch's prefix as it is now, if it is open."""
+        if not self.levels:
+            return None
         digests = self._digests_of(stretch.layers, read)
         return next((level for level in self.levels if level.digests == digests), None)
 
@@ -50,12 +54,31 @@ class Holdings:
         self.levels.append(level)
         return level
 
-    def lie_on_disk(self, stretch: Stretch, read: ReadWeight, rows: Rows | None) -> bool:
-        """Whether every rank finds the states of all these examples in a folder (collective)."""
-        manifest = self._manifest(stretch.cut, self._digests_of(stretch.layers, read))
-        stored = stored_keys(manifest, self.job.anatomy.hidden_size, self.job.recipe.freeze.prefix_cache_dir)
-        found = bool(stored) and rows is not None and all(key in stored for key in rows.every_key())
+    def there(self, stretch: Stretch, read: ReadWeight, rows: Rows | None) -> There:
+        """What lies on disk of the stretch's states."""
+
+        def complete() -> bool:
+            if not self._may_lie_on_disk(stretch.cut):  # before all weights are read for a digest
+                return False
+            stored = self._stored(stretch, read)
+            found = bool(len(stored)) and rows is not None and all(key in stored for key in rows.every_key())
+            return set(everyones(str(found))) == {"True"}
+
+        def nbytes() -> int:
+            return min(int(told) for told in everyones(str(self._stored(stretch, read).nbytes)))
+
+        return There(complete, nbytes)
+
+    def _may_lie_on_disk(self, cut: int) -> bool:
+        """Whether every rank finds a folder that fits as far as can be told without the weights (collective)."""
+        mine = {key: value for key, value in self._manifest(cut, ()).items() if key not in ("fingerprint", "weights")}
+        root = disk_root(self.job.recipe.freeze.prefix_cache_dir)
+        found = any(mine.items() <= manifest.items() for manifest in manifests(root))
         return set(everyones(str(found))) == {"True"}
+
+    def _stored(self, stretch: Stretch, read: ReadWeight) -> Store:
+        manifest = self._manifest(stretch.cut, self._digests_of(stretch.layers, read))
+        return stored(manifest, self.job.anatomy.hidden_size, self.job.recipe.freeze.prefix_cache_dir)
 
     def forget(self, trained: Iterable[str]) -> None:
         """These tensors have trained: their layers are not what their digests say any more."""
@@ -83,7 +106,16 @@ class Holdings:
     def _manifest(self, cut: int, digests: tuple[str, ...]) -> dict[str, Any]:
         config, recipe = self.job.module.config, self.job.recipe
         return manifest_of(
-            model=public_name(recipe.model.name), config=config, cut=cut, layers=digests,
+            model=public_name(recipe.model.name), config=config, cut=cut, layers=digests, buffers=self._buffers(cut),
             attention=getattr(config, "_attn_implementation", None), dtype=dtype_of(recipe), stored=stored_as(recipe),
             device=self.ranks.device.type, tokenizer=self.job.tokenizer, max_length=recipe.data.max_length,
         )  # fmt: skip
+
+    def _buffers(self, cut: int) -> dict[str, torch.Tensor]:
+        """What the prefix's layers keep beside their weights, and is saved with them."""
+        paths = tuple(f"{layer.path}." for layer in self.job.anatomy.blocks[:cut])
+        saved, parameters = (
+            self.job.module.state_dict(keep_vars=True),
+            dict(self.job.module.named_parameters(remove_duplicate=False)),
+        )
+        return {name: value for name, value in saved.items() if name.startswith(paths) and name not in parameters}

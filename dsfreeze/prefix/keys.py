@@ -57,6 +57,7 @@ def manifest_of(
     config: PreTrainedConfig,
     cut: int,
     layers: Sequence[str],
+    buffers: Mapping[str, torch.Tensor],
     attention: str | None,
     dtype: torch.dtype,
     stored: str,
@@ -65,10 +66,11 @@ def manifest_of(
     max_length: int,
 ) -> dict[str, Any]:
     """What a cache was made from, with its `fingerprint`. `layers`: digests of the prefix's layers, input first, of which `cut` are
-    transformer layers."""
+    transformer layers; `buffers`: what these layers keep beside their weights and is saved with them (a router's biases)."""
     told = {
         "weights": _digest(layers),
         "cut": cut,
+        "buffers": _digest(f"{name} {value.tolist()}" for name, value in sorted(buffers.items())),
         "config": _config_digest(config),
         "attention": attention or "",
         "dtype": str(dtype).removeprefix("torch."),

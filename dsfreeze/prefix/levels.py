@@ -12,7 +12,7 @@ import shutil
 import socket
 import tempfile
 import uuid
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,11 +102,9 @@ def open_level(
     return Level(cut, digests, store, str(cache.path), notes, cache, share=(ranks.rank, ranks.world_size))
 
 
-def stored_keys(manifest: Mapping[str, Any], width: int, folder: Path | None) -> Container[bytes]:
-    """The examples whose states lie in the folder of this manifest, if there is one; nothing in it is touched."""
+def stored(manifest: Mapping[str, Any], width: int, folder: Path | None) -> DiskStore:
+    """The states that lie in the folder of this manifest, none where there is no such folder; nothing in it is touched."""
     path = CacheFolder(disk_root(folder), manifest).path
-    if not path.is_dir():
-        return frozenset()
     return DiskStore(path, width, CODECS[manifest["stored"]], "looking", may_write=False)
 
 

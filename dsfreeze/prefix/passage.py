@@ -60,6 +60,8 @@ class Passage:
                 f"freeze.prefix_cache stores what passes through one stack of layers, and {self.anatomy.name} has "
                 f"{'two' if self.anatomy.blocks else 'none'}. Write freeze.prefix_cache: off."
             )
+        if getattr(self.module.config, "output_router_logits", False):
+            raise UserError(_refusal(self, "its loss reads the routers of all layers (output_router_logits)"))
         self.blocks = [self.module.get_submodule(layer.path) for layer in self.anatomy.blocks]
 
     @contextmanager
@@ -126,25 +128,52 @@ def cut_of(anatomy: Anatomy, trainable: Any) -> int:
     return sum(layer.is_block for layer in anatomy.prefix(trainable))
 
 
-def require_passable(passage: Passage, forward: Forward, batch: Mapping[str, torch.Tensor], cut: int) -> None:
+def require_fixed_positions(passage: Passage, max_length: int) -> None:
+    """UserError for rotary tables that depend on the longest sequence of a batch: a state would depend on whom an example met."""
+    config = passage.module.config.get_text_config()
+    told = getattr(config, "rope_parameters", None) or {}
+    tables = [told, *(value for value in told.values() if isinstance(value, Mapping))]
+    for table in tables:
+        usual = table.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", max_length)
+        if table.get("rope_type") in ("dynamic", "longrope") and max_length > usual:
+            why = f"its rotary positions ({table['rope_type']}) depend on whom an example meets in a batch beyond {usual} positions"
+            raise UserError(_refusal(passage, f"{why} (data.max_length is {max_length}; at most {usual} would do)"))
+
+
+def require_passable(
+    passage: Passage, forward: Forward, batch: Mapping[str, torch.Tensor], cut: int, dtype: torch.dtype
+) -> None:
     """UserError for a model that computes something else when it starts above the cut from the states that leave it (collective
     at stage 3: every rank runs the same batch).
 
-    `batch`: a few examples without labels. The logits must agree within 1e-4 of their largest, 300 times that in 16 bits.
+    `batch`: a few examples; `dtype` the run's, which states must have to be stored as they are. Logits must agree within 1e-4 of their
+    largest, 300 times that in 16 bits, and so must the loss where there are labels.
     """
     with passage.over(Span(keep=cut)) as kept:
-        whole = forward(batch).logits
+        whole = forward(batch)
     shape = tuple(batch["input_ids"].shape)
     if kept.states is None or tuple(kept.states.shape[:2]) != shape:
         raise UserError(_refusal(passage, "its layers do not pass on one state for each token"))
-    # what a pass leaves lying about for upper layers to find is now that of other examples
-    forward({name: value[:1].expand_as(value) for name, value in batch.items()})
+    if kept.states.dtype != dtype:
+        raise UserError(_refusal(passage, f"its layers pass on {kept.states.dtype} in a run in {dtype}"))
+    # what a pass leaves lying about for upper layers to find is now that of other tokens
+    forward({**batch, "input_ids": _other_tokens(passage.module, batch["input_ids"])})
     try:
         with passage.over(Span(cut, kept.states)):
-            again = forward(batch).logits
+            again = forward(batch)
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, IndexError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise UserError(_refusal(passage, f"its upper layers need more than the states ({error})")) from error
-    _require_close(passage, again, whole)
+    _require_close(passage, again.logits, whole.logits)
+    if getattr(whole, "loss", None) is not None and bool(torch.isfinite(whole.loss)):
+        _require_close(passage, again.loss, whole.loss)
+
+
+def _other_tokens(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Tokens at random, the same on every rank."""
+    known = module.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    return torch.randint(0, known, ids.shape, generator=torch.Generator().manual_seed(0))
 
 
 def require_suffix(
@@ -156,6 +185,8 @@ def require_suffix(
     for passage.gives_tuple in choices:
         try:
             found = _logits_by_blank(passage, forward, batch, Span(cut, states))
+        except torch.OutOfMemoryError:
+            raise
         except (AttributeError, IndexError, KeyError, TypeError, RuntimeError, ValueError) as error:
             why = f"its upper layers need more than the states ({error})"
             continue
@@ -202,7 +233,7 @@ def _require_close(passage: Passage, found: torch.Tensor, wanted: torch.Tensor) 
         raise UserError(
             _refusal(
                 passage,
-                f"its upper layers read more than the states: logits differ by {float(error):.1e} of their size",
+                f"its upper layers read more than the states: what they give differs by {float(error):.1e} of their size",
             )
         )
 
