@@ -53,6 +53,56 @@ def test_no_room_is_an_error_before_the_first_step(tmp_path, monkeypatch):
     assert not (tmp_path / "disk" / "steps.jsonl").exists() or not losses(tmp_path / "disk")
 
 
+def test_a_disk_that_the_cache_itself_filled_has_room_for_it(tmp_path, monkeypatch, plain):
+    told_by(tmp_path)
+    monkeypatch.setattr("dsfreeze.prefix.choice.free_disk", lambda *_: 100)
+    found, cache, _ = told_by(tmp_path)
+    assert cache["hits"] == cache["examples"]
+    assert found == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_no_room_at_a_later_cut_is_said_and_the_run_goes_on(tmp_path, monkeypatch):
+    freeze = {
+        "strategy": "step_ranges",
+        "fraction": None,
+        "step_ranges": {"embed": [0, -1], "layers.0": [0, -1], "layers.1": [12, -1]},
+    }
+    wanted = run(tmp_path, "off", freeze=freeze)[0]
+    room = iter([10**9, 10, 10, 10])
+    monkeypatch.setattr("dsfreeze.prefix.choice.free_memory", lambda *_: next(room))
+    found, cache, said = told_by(tmp_path, "memory", freeze=freeze)
+    assert found == pytest.approx(wanted, rel=1e-6)
+    assert "off from here on" in said
+    assert (cache["cut"], cache["hits"], cache["extended"]) == (1, 0, 90), "what is stored at the lower cut is read"
+
+
+@pytest.mark.slow
+def test_no_step_is_lost_when_auto_gives_up_in_a_later_phase(tmp_path, monkeypatch):
+    """The read-ahead thread has drawn steps by then. Oracle: the run without a cache, step by step."""
+    freeze = {"strategy": "step_ranges", "fraction": None, "step_ranges": {"embed": [0, -1], "layers.0": [12, -1]}}
+
+    def refuse(*_):
+        raise UserError("this model does not")
+
+    monkeypatch.setattr(caches, "require_passable", refuse)
+    found, cache, said = told_by(tmp_path, "auto", freeze=freeze)
+    assert cache["tier"] == "off"
+    assert "this model does not" in said
+    assert found == run(tmp_path, "off", freeze=freeze)[0]
+    with pytest.raises(UserError, match="this model does not"):
+        run(tmp_path, "memory", freeze=freeze)
+
+
+def test_auto_reads_no_weights_where_nothing_is_to_be_stored(tmp_path, monkeypatch):
+    from dsfreeze.engine.local import LocalEngine
+
+    read, names = LocalEngine.read_weight, []
+    monkeypatch.setattr(LocalEngine, "read_weight", lambda self, name: names.append(name) or read(self, name))
+    assert told_by(tmp_path, "auto", train={"num_train_epochs": 1})[1]["tier"] == "off"
+    assert names == []
+
+
 @pytest.mark.slow
 def test_a_disk_that_fills_up_in_the_middle_is_said_and_the_run_goes_on(tmp_path, monkeypatch, plain):
     monkeypatch.setattr(

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsfreeze.errors import UserError
 from dsfreeze.model import read_anatomy
-from dsfreeze.prefix.passage import Passage, Span, cut_of, require_passable, require_suffix
+from dsfreeze.prefix.passage import Passage, Span, cut_of, require_fixed_positions, require_passable, require_suffix
 
 STACKS = [name for name in EXPECTED if name != "t5"]
 
@@ -118,7 +118,7 @@ def test_a_pass_that_fails_leaves_the_module_as_it_was():
 def test_every_architecture_passes_the_checks(name):
     module, anatomy = built(name)
     passage, forward, batch = Passage(module, anatomy), forward_of(module), batch_of((6, 6))
-    require_passable(passage, forward, batch, 2)
+    require_passable(passage, forward, batch, 2, torch.float32)
     with passage.over(Span(keep=2)) as kept:
         forward(batch)
     alone = Passage(module, anatomy)  # has never seen a layer of the prefix
@@ -145,21 +145,80 @@ class KeepsValues(LlamaForCausalLM):
         self.model.layers[-1].register_forward_hook(lambda _, __, out: out + self.values.mean())
 
 
+class LossSeesEmbedding(LlamaForCausalLM):
+    """Its loss alone reads what the prefix computes, as a mixture's balancing term does."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.embed_tokens.register_forward_hook(lambda _, __, out: setattr(self, "seen", out))
+
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        if found.loss is not None:
+            found.loss = found.loss + self.seen.square().sum()
+        return found
+
+
+def odd(kind):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=96
+    )
+    module = kind(config).eval()
+    return Passage(module, read_anatomy(module, "odd")), forward_of(module)
+
+
 @pytest.mark.parametrize("kind", [SeesEmbedding, KeepsValues])
 def test_a_model_whose_upper_layers_read_more_is_refused(kind):
-    torch.manual_seed(0)
-    module = kind(
-        LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=96)
-    ).eval()
-    passage, forward = Passage(module, read_anatomy(module, "odd")), forward_of(module)
+    passage, forward = odd(kind)
     with passage.over(Span(keep=2)) as kept:
         forward(batch_of((6, 6)))
     if kind is KeepsValues:
-        del module.values
+        del passage.module.values
     with pytest.raises(UserError, match=rf"{kind.__name__} cannot start above its prefix.*prefix_cache: off"):
-        require_suffix(Passage(module, passage.anatomy), forward, batch_of((6, 6)), kept.states, 2)
-    with pytest.raises(UserError, match="logits differ"):
-        require_passable(passage, forward, batch_of((6, 6)), 2)
+        require_suffix(Passage(passage.module, passage.anatomy), forward, batch_of((6, 6)), kept.states, 2)
+    with pytest.raises(UserError, match="differs"):
+        require_passable(passage, forward, batch_of((6, 6)), 2, torch.float32)
+
+
+def test_a_loss_that_reads_more_is_refused():
+    passage, forward = odd(LossSeesEmbedding)
+    batch = batch_of((6, 6))
+    require_passable(passage, forward, batch, 2, torch.float32)  # without labels there is nothing to see
+    with pytest.raises(UserError, match="differs"):
+        require_passable(passage, forward, {**batch, "labels": batch["input_ids"]}, 2, torch.float32)
+
+
+def test_what_lies_about_is_found_out_though_the_examples_are_the_same():
+    passage, forward = odd(KeepsValues)
+    one = {name: value[:1] for name, value in batch_of((6, 6)).items()}
+    for batch in (one, {name: value.repeat(2, 1) for name, value in one.items()}):
+        with pytest.raises(UserError, match="differs"):
+            require_passable(passage, forward, batch, 2, torch.float32)
+
+
+def test_routers_whose_logits_are_in_the_loss_are_refused(monkeypatch):
+    module, anatomy = built("mixtral")
+    monkeypatch.setattr(module.config, "output_router_logits", True)  # the config is the architecture list's
+    with pytest.raises(UserError, match="reads the routers of all layers"):
+        Passage(module, anatomy)
+
+
+def test_states_of_another_precision_are_refused():
+    module, anatomy = built("llama")
+    with pytest.raises(UserError, match=r"pass on torch.float32 in a run in torch.bfloat16"):
+        require_passable(Passage(module, anatomy), forward_of(module), batch_of(), 2, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_positions_that_depend_on_the_batch_are_refused_beyond_the_usual_length(kind):
+    passage, _ = odd(LlamaForCausalLM)
+    usual = passage.module.config.max_position_embeddings
+    require_fixed_positions(passage, 2 * usual)
+    passage.module.config.rope_parameters = {"rope_type": kind, "original_max_position_embeddings": usual}
+    require_fixed_positions(passage, usual)
+    with pytest.raises(UserError, match=f"{kind}.*at most {usual} would do"):
+        require_fixed_positions(passage, usual + 1)
 
 
 def test_an_encoder_decoder_is_refused_by_name():
