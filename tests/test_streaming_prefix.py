@@ -12,22 +12,24 @@ import pytest
 import torch
 from evicted_kit import shelf, states_in
 from test_parts import SINGLE_STACK, load, saved
-from tiny_runs import byte_tokenizer, llama_folder
+from tiny_runs import llama_folder
 from transformers import PreTrainedModel
 
 from dsfreeze.anatomy import Anatomy
-from dsfreeze.data.examples import Examples, TaskData, TokenCollate
+from dsfreeze.data.examples import Examples, TokenCollate
 from dsfreeze.errors import UserError
 from dsfreeze.model import base_hash, outline_of, read_anatomy
 from dsfreeze.prefix.eviction import Eviction, _evictable, groups_of, prefix_layers, read_digests, without
 from dsfreeze.prefix.keys import example_key, layer_digest
 from dsfreeze.prefix.passage import Passage, Span, require_suffix
+from dsfreeze.prefix.rows import Rows
 from dsfreeze.prefix.store import MemoryStore
 from dsfreeze.prefix.streaming import Work, everybody_has, fill, lacking
 from dsfreeze.recipe import ModelOptions
 
 CUT = 2
 CPU = torch.device("cpu")
+COLLATE = TokenCollate(0)
 
 
 def rows_of(lengths: Sequence[int], seed: int = 0) -> Examples:
@@ -36,12 +38,13 @@ def rows_of(lengths: Sequence[int], seed: int = 0) -> Examples:
     return Examples(rows, np.ones(len(rows), dtype=np.int64), np.asarray(lengths, dtype=np.int64))
 
 
-def data_of(train: Examples, evaluation: Examples | None = None) -> TaskData:
-    return TaskData("tokens", train, evaluation, TokenCollate(0), byte_tokenizer())
+def as_rows(*parts: Examples) -> list[Rows]:
+    return [Rows(part) for part in parts]
 
 
 def work(batch_size: int = 4, **more: Any) -> Work:
-    return Work(CPU, torch.float32, batch_size, **{"scratch": shelf, **more})
+    given = {"dtype": torch.float32, "collate": COLLATE, "scratch": shelf, **more}
+    return Work(CPU, batch_size=batch_size, **given)
 
 
 class Suffix:
@@ -70,8 +73,8 @@ class Suffix:
         return kept.states
 
 
-def batch_of(data: TaskData, rows: Examples, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-    batch = data.collate([rows[i] for i in indices])
+def batch_of(rows: Examples, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+    batch = COLLATE([rows[i] for i in indices])
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
@@ -93,12 +96,12 @@ def test_suffix_on_streamed_states_is_the_whole_model(tmp_path: Path, name: str,
     """One layer at a time, the same batches: states and logits are the whole model's to the last bit."""
     suffix = Suffix(saved(tmp_path, name), task)
     rows = rows_of([9] * 7)
-    data, store = data_of(rows), shelf()
+    data, store = as_rows(rows), shelf()
     fill(suffix.load, data, suffix.anatomy, CUT, store, work())
     module, width = suffix.module(), suffix.anatomy.hidden_size
     passage = Passage(module, suffix.anatomy)
     for indices in ([0, 1, 2, 3], [4, 5, 6]):
-        batch, states = batch_of(data, rows, indices), stored(store, rows, indices, width)
+        batch, states = batch_of(rows, indices), stored(store, rows, indices, width)
         assert torch.equal(states, suffix.states(batch))
         with torch.no_grad():
             require_suffix(passage, lambda inputs: module(**inputs), batch, states, CUT)
@@ -131,12 +134,12 @@ def test_digests_are_those_of_the_whole_model(tmp_path: Path, name: str) -> None
 def test_other_batches_give_the_same_states_but_for_rounding(tmp_path: Path, name: str) -> None:
     suffix = Suffix(saved(tmp_path, name))
     rows, evaluation = rows_of([3, 11, 5, 8, 2, 11, 7]), rows_of([4, 13], seed=1)
-    data, store = data_of(rows, evaluation), shelf()
+    data, store = as_rows(rows, evaluation), shelf()
     filled = fill(suffix.load, data, suffix.anatomy, CUT, store, work(3))
     assert (filled.examples, filled.tokens) == (9, 64)
     for part in (rows, evaluation):
         for index in range(len(part)):
-            wanted = suffix.states(batch_of(data, part, [index]))
+            wanted = suffix.states(batch_of(part, [index]))
             found = stored(store, part, [index], suffix.anatomy.hidden_size)
             assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
 
@@ -158,7 +161,7 @@ def test_groups_make_no_difference(tmp_path: Path) -> None:
     for store, room in zip(stores, (0, 2**30), strict=True):
         suffix.read.clear()
         scratch = lambda: shelves.append(shelf()) or shelves[-1]  # noqa: E731
-        fill(suffix.load, data_of(rows), suffix.anatomy, 3, store, work(2, room=room, scratch=scratch))
+        fill(suffix.load, as_rows(rows), suffix.anatomy, 3, store, work(2, room=room, scratch=scratch))
         blocks = [{n.split(".")[2] for n in part if ".layers." in n} for part in suffix.read]
         assert blocks == ([{"0"}, {"1"}, {"2"}] if room == 0 else [{"0", "1", "2"}])
         assert ["model.embed_tokens.weight" in part for part in suffix.read] == [True, False, False][: len(suffix.read)]
@@ -171,7 +174,7 @@ def test_groups_make_no_difference(tmp_path: Path) -> None:
 
 def test_a_stopped_fill_goes_on_with_what_is_lacking(tmp_path: Path) -> None:
     suffix, rows = Suffix(llama_folder(tmp_path)), rows_of([6, 9, 4, 9, 5, 5])
-    data, store = data_of(rows), shelf()
+    data, store = as_rows(rows), shelf()
 
     def stopping(rounds: Sequence[Any]) -> Any:
         yield from rounds[: len(rounds) - 1]
@@ -193,7 +196,7 @@ def test_a_stopped_fill_goes_on_with_what_is_lacking(tmp_path: Path) -> None:
 
 def test_ranks_share_the_examples(tmp_path: Path) -> None:
     suffix, rows = Suffix(llama_folder(tmp_path)), rows_of([6, 9, 4, 9, 5, 5, 7])
-    data, whole, parts = data_of(rows), shelf(), [shelf(), shelf()]
+    data, whole, parts = as_rows(rows), shelf(), [shelf(), shelf()]
     fill(suffix.load, data, suffix.anatomy, CUT, whole, work(2))
     for rank, part in enumerate(parts):
         fill(suffix.load, data, suffix.anatomy, CUT, part, work(2, share=(rank, 2)))
@@ -206,4 +209,4 @@ def test_ranks_share_the_examples(tmp_path: Path) -> None:
 def test_the_same_example_is_computed_once() -> None:
     rows = rows_of([5, 6])
     twice = Examples([*rows.rows, {**rows.rows[0], "labels": [1] * 5}], np.ones(3), np.asarray([5, 6, 5]))
-    assert [w.index for w in lacking(data_of(twice, rows), shelf())] == [0, 1]
+    assert [w.index for w in lacking(as_rows(twice, rows), shelf())] == [0, 1]

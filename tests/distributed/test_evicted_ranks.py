@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evicted_kit import changed, evicted, losses, shelf, tensors_of
+from evicted_kit import changed, evicted, losses, rows_of, shelf, tensors_of
 from forks import run_ranks
 from tiny_runs import tiny_recipe
 
@@ -64,11 +64,11 @@ def fill_together(text: str, folder: str) -> tuple[int, int, str]:
     with process_group(recipe) as ranks:
         job, share = prepare_job(recipe), (ranks.rank, ranks.world_size)
         store = DiskStore(Path(folder), 32, CODECS["fp32"], f"rank{ranks.rank}", may_write=True)
-        computed, found = prefill(job, store, shelf, share=share).examples, len(store)
-        assert prefill(job, store, shelf, share=share).examples == 0
+        computed, found = prefill(job, rows_of(job), store, shelf, share=share).examples, len(store)
+        assert prefill(job, rows_of(job), store, shelf, share=share).examples == 0
         store.close()
         try:
-            prefill(job, shelf(), shelf, share=share)
+            prefill(job, rows_of(job), shelf(), shelf, share=share)
         except UserError as error:
             return computed, found, str(error)
         return computed, found, ""
