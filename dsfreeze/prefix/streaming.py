@@ -298,7 +298,7 @@ class _Relay:
         except _FAILURES as error:
             if _out_of_memory(error):
                 raise
-            raise self._impassable(f"they need more than the states ({type(error).__name__}: {error})") from error
+            raise self._impassable(f"they need more than is there ({type(error).__name__}: {error})") from error
         scale = 300 if self.work.dtype in (torch.float16, torch.bfloat16) else 1
         if (found.float() - other.float()).abs().max() > 1e-4 * scale * found.float().abs().max():
             raise self._impassable("they read the embedding beside the states")
