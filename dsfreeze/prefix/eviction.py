@@ -71,9 +71,7 @@ def refuse_early(recipe: Recipe, asked: Asked = EVICT) -> None:
     """UserError for what does not go with what was asked for, as far as the recipe alone tells it."""
     if recipe.model.trust_remote_code:
         raise asked.refusal("a model with code of its own (model.trust_remote_code) is not read in parts")
-    if (
-        recipe.data.packing and asked is EVICT
-    ):  # whoever only fills a cache leaves the trying out to the run that reads it
+    if recipe.data.packing and asked is EVICT:  # a cache that is only filled is tried out by the run that reads it
         raise asked.refusal("packed examples (data.packing) are tried out on the whole model first")
 
 
