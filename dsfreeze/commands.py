@@ -21,6 +21,7 @@ from dsfreeze.job import load_task, prepare_evicted, prepare_job
 from dsfreeze.model import read_anatomy
 from dsfreeze.model_card import public_name
 from dsfreeze.prefix.cache import PrefixCache
+from dsfreeze.prefix.eviction import CACHE
 from dsfreeze.recipe import ModelOptions, Recipe, TrainOptions
 from dsfreeze.recipe_reader import load_recipe
 from dsfreeze.record import MODEL, RECIPE
@@ -66,7 +67,7 @@ def fill_cache(recipe: Recipe, console: Console) -> dict[str, Any]:
     recipe = recipe.model_copy(update={"freeze": freeze})
     with process_group(recipe) as ranks:
         agree(recipe.digest, "the recipe")
-        job = together(lambda: prepare_evicted(recipe))
+        job = together(lambda: prepare_evicted(recipe, asked=CACHE))
         examples = job.data.train or job.data.eval
         assert examples is not None, "data without either is refused"
         epoch, steps = (

@@ -19,7 +19,7 @@ from dsfreeze.data import TaskData, num_steps_of, prepare
 from dsfreeze.engine.ranks import read_ranks
 from dsfreeze.model import add_adapters, base_hash, load_model, load_tokenizer, outline_of, read_anatomy
 from dsfreeze.plan import FreezePlan
-from dsfreeze.prefix.eviction import Eviction, evict, read_digests, refuse_early, refuse_metrics, without
+from dsfreeze.prefix.eviction import EVICT, Asked, Eviction, evict, read_digests, refuse_early, refuse_metrics, without
 from dsfreeze.recipe import ModelOptions, Recipe
 from dsfreeze.setting import setting_of
 from dsfreeze.strategies import make_plan
@@ -103,7 +103,6 @@ def prepare_job(recipe: Recipe, num_steps: int | None = None, *, whole: bool = F
     whatever freeze.evict_prefix says.
     """
     if recipe.freeze.evict_prefix and not whole:
-        refuse_early(recipe)
         job = prepare_evicted(recipe, num_steps)
         refuse_metrics(job.data)
         return job
@@ -115,14 +114,15 @@ def prepare_job(recipe: Recipe, num_steps: int | None = None, *, whole: bool = F
     return Job(recipe, tokenizer, data, module, plan.adapted(plain), plan, base, plain, plan)
 
 
-def prepare_evicted(recipe: Recipe, num_steps: int | None = None) -> Job:
+def prepare_evicted(recipe: Recipe, num_steps: int | None = None, asked: Asked = EVICT) -> Job:
     """The same without the prefix's weights, which are read once and given up again, for the base's hash."""
+    refuse_early(recipe, asked)
     tokenizer = load_tokenizer(recipe.model)
     data = prepare(recipe, tokenizer)
     outline = outline_of(recipe.model, recipe.task, data.num_labels, labels=data.labels)
     plain = read_anatomy(outline, recipe.model.name)
     plan = _plan(recipe, data, plain, num_steps)
-    eviction = evict(outline, plain, plan)
+    eviction = evict(outline, plain, plan, asked)
 
     def read(kept: Collection[str]) -> nn.Module:
         return task_module(recipe, data, recipe.model, kept=kept)

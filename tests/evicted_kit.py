@@ -18,6 +18,7 @@ from dsfreeze.job import Job, prepare_job
 from dsfreeze.prefix.codec import CODECS
 from dsfreeze.prefix.keys import example_key
 from dsfreeze.prefix.passage import Passage, Span
+from dsfreeze.prefix.rows import Rows
 from dsfreeze.prefix.store import MemoryStore
 from dsfreeze.prefix.streaming import prefill
 from dsfreeze.recipe import Recipe
@@ -35,6 +36,11 @@ def states_in(store: MemoryStore) -> dict[bytes, torch.Tensor]:
     return {key: example.payload for key, example in store._examples.items()}
 
 
+def rows_of(job: Job) -> list[Rows]:
+    """All examples of a job, as the cache has them."""
+    return [Rows(examples) for examples in (job.data.train, job.data.eval) if examples is not None]
+
+
 class Stepper:
     """One rank's job, engine and loader; `step` makes the next optimizer step."""
 
@@ -42,7 +48,7 @@ class Stepper:
         self.job: Job = prepare_job(recipe)
         self.store, self.passage = shelf(self.job.plain.hidden_size), Passage(self.job.module, self.job.anatomy)
         if self.job.eviction:
-            prefill(self.job, self.store, partial(shelf, self.job.plain.hidden_size))
+            prefill(self.job, rows_of(self.job), self.store, partial(shelf, self.job.plain.hidden_size))
         self.engine: Engine = build_engine(self.job.module, self.job.held, recipe, self.job.plan)
         self.engine.enter(self.job.plan.phases[0])
         train, ranks = recipe.train, read_ranks()

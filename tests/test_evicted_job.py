@@ -8,16 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from evicted_kit import changed, evicted, losses, tensors_of
+from evicted_kit import changed, evicted, losses, rows_of, shelf, tensors_of
 from tiny_runs import byte_tokenizer, t5_folder, tiny_recipe
 from transformers import AutoModel, BertConfig, GPT2Config, GPTNeoXConfig
 
 from dsfreeze.commands import export_folder
 from dsfreeze.errors import UserError
-from dsfreeze.job import prepare_job
+from dsfreeze.job import prepare_evicted, prepare_job
 from dsfreeze.model import outline_of, read_anatomy
-from dsfreeze.prefix.eviction import evict, prefix_layers, refuse_metrics
+from dsfreeze.prefix.codec import CODECS
+from dsfreeze.prefix.eviction import CACHE, evict, prefix_layers, refuse_early, refuse_metrics
 from dsfreeze.prefix.keys import layer_digest
+from dsfreeze.prefix.store import DiskStore
+from dsfreeze.prefix.streaming import prefill
 from dsfreeze.recipe import ModelOptions, Recipe
 from dsfreeze.record import RECIPE
 from dsfreeze.saving import save_checkpoint, save_model
@@ -142,6 +145,46 @@ def test_packing_and_generation_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"one of the metrics \(rouge\) generates text"):
         refuse_metrics(replace(job.data, metrics=("rouge",)))
     assert evict(*rest) == job.eviction
+
+
+def test_filling_alone_is_refused_in_its_own_words(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    refuse_early(recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": True})}), CACHE)
+    outline = outline_of(recipe.model, "classification", 3)
+    t5 = outline_of(ModelOptions(name=str(t5_folder(tmp_path / "t5"))), "seq2seq", None)
+    job = prepare_evicted(recipe, asked=CACHE)
+    assert job.eviction is not None
+    assert job.eviction.asked is CACHE
+    adaptive = prepare_job(changed(recipe, freeze={"strategy": "autofreeze", "fraction": None, "switch_every": 2})).plan
+    for refused in (
+        lambda: evict(t5, read_anatomy(t5, "x"), job.plan, CACHE),
+        lambda: evict(outline, job.plain, adaptive, CACHE),
+        lambda: prepare_evicted(changed(recipe, model={"trust_remote_code": True}), asked=CACHE),
+        lambda: prepare_evicted(changed(recipe, freeze={"strategy": "full", "fraction": None}), asked=CACHE),
+    ):
+        with pytest.raises(UserError, match="dsfreeze cache") as told:
+            refused()
+        assert "evict_prefix" not in str(told.value)
+
+
+def test_a_store_that_may_not_be_written_is_told_before_anything_is_computed(tmp_path: Path) -> None:
+    recipe = evicted(recipe_of(tmp_path))
+    job = prepare_job(recipe)
+    rows, folder = rows_of(job), tmp_path / "store"
+    computes = job.read_part
+    job.read_part = lambda kept: pytest.fail("it computes")  # type: ignore[method-assign]
+    reading = DiskStore(folder, 32, CODECS["fp32"], "b", may_write=False)
+    with pytest.raises(
+        UserError, match=r"lacks 62 examples, and this run may not write it.*write freeze\.evict_prefix: f"
+    ):
+        prefill(job, rows, reading, shelf)
+    failed = shelf()
+    failed.failure = "The disk is gone."
+    with pytest.raises(UserError, match=r"cannot be filled: The disk is gone\. Free space there"):
+        prefill(job, rows, failed, shelf)
+    job.read_part = computes  # type: ignore[method-assign]
+    assert prefill(job, rows, DiskStore(folder, 32, CODECS["fp32"], "a", may_write=True), shelf).examples == 62
+    assert prefill(job, rows, reading, shelf).examples == 0  # what lacks nothing need not be written
 
 
 def test_two_stacks_are_refused(tmp_path: Path) -> None:

@@ -64,11 +64,14 @@ def test_cache_says_what_it_did(tmp_path, capsys):
         (["freeze.fraction=0.0"], "leaves no layer frozen below all that trains"),
         (["freeze.strategy=top"], "leaves no layer frozen below all that trains"),
         (["model=nowhere/at-all/x"], "does not exist"),
+        (["model.trust_remote_code=true"], "`dsfreeze cache` computes the prefix in parts"),
     ],
 )
 def test_cache_refuses_what_has_no_prefix(tmp_path, capsys, more, message):
     assert command(["cache", *words(tmp_path), *more]) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    told = " ".join(capsys.readouterr().err.split())
+    assert message in told
+    assert "evict_prefix" not in told
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ rank. `read` alone runs in the read-ahead thread too.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,6 @@ from rich.console import Console
 
 from dsfreeze.data.examples import Batch
 from dsfreeze.engine import Engine
-from dsfreeze.engine.process import everyones
 from dsfreeze.engine.ranks import Ranks
 from dsfreeze.errors import UserError
 from dsfreeze.job import Job, dtype_of
@@ -43,7 +41,7 @@ from dsfreeze.prefix.passage import (
 )
 from dsfreeze.prefix.rows import Rows
 from dsfreeze.prefix.store import MemoryStore
-from dsfreeze.prefix.streaming import prefill
+from dsfreeze.prefix.streaming import of_all_ranks, prefill
 from dsfreeze.progress import Watch, watched
 
 
@@ -120,13 +118,12 @@ class PrefixCache:
         assert level is not None, "an evicted prefix is always cached"
         scratch = partial(level.scratch, anatomy.hidden_size, precise(self.job.recipe))
         watch: Watch[Any] = watched(self.console, "filling the prefix cache")
-        filled = prefill(self.job, level.store, scratch, share=level.share, watch=watch)
+        rows = [part for part in (self.train, self.eval) if part is not None]
+        filled = of_all_ranks(prefill(self.job, rows, level.store, scratch, share=level.share, watch=watch))
         self._tell(f"prefix cache: computed {filled}; the prefix's weights are not held")
-        computed = [json.loads(text) for text in everyones(json.dumps([filled.examples, filled.tokens]))]
         return {
             "layers": level.cut, "examples": len(level.store), "bytes": level.store.nbytes, "where": level.where,
-            "computed_examples": sum(number for number, _ in computed), "computed_tokens": sum(tokens for _, tokens in computed),
-            "seconds": filled.seconds,
+            "computed_examples": filled.examples, "computed_tokens": filled.tokens, "seconds": filled.seconds,
         }  # fmt: skip
 
     def enter(self, engine: Engine, phase: Phase, step: int) -> None:

@@ -21,11 +21,41 @@ from dsfreeze.metrics import generates
 from dsfreeze.model import hash_tensors
 from dsfreeze.plan import FreezePlan
 from dsfreeze.prefix.keys import layer_digest
-from dsfreeze.prefix.passage import Passage, cut_of
+from dsfreeze.prefix.passage import cut_of
 from dsfreeze.recipe import Recipe
 
 #: Reads the named tensors of a model, and gives the module that holds them alone, on the CPU.
 Load = Callable[[Collection[str]], nn.Module]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user wrote that has the prefix pass by in parts, in the words of errors: what it `does`, and what to do `instead`."""
+
+    does: str
+    instead: str
+    #: Where there is no prefix at all.
+    pointless: str
+
+    def refusal(self, why: str) -> UserError:
+        return UserError(f"{self.does}, and {why}. {self.mend}")
+
+    @property
+    def mend(self) -> str:
+        """`instead` as a sentence."""
+        return f"{self.instead[0].upper()}{self.instead[1:]}."
+
+
+EVICT = Asked(
+    "freeze.evict_prefix trains without the prefix's weights",
+    "write freeze.evict_prefix: false",
+    "Else write freeze.evict_prefix: false.",
+)
+CACHE = Asked(
+    "`dsfreeze cache` computes the prefix in parts before training",
+    "train with freeze.prefix_cache=disk, which fills the cache on the way",
+    "Else `dsfreeze cache` has nothing to do.",
+)
 
 
 @dataclass(frozen=True)
@@ -34,43 +64,42 @@ class Eviction:
 
     cut: int
     names: frozenset[str]
+    asked: Asked = EVICT
 
 
-def refuse_early(recipe: Recipe) -> None:
-    """UserError for what eviction does not go with, as far as the recipe alone tells it."""
+def refuse_early(recipe: Recipe, asked: Asked = EVICT) -> None:
+    """UserError for what does not go with what was asked for, as far as the recipe alone tells it."""
     if recipe.model.trust_remote_code:
-        raise _needs_prefix("a model with code of its own (model.trust_remote_code) is not read in parts")
-    if recipe.data.packing:
-        raise _needs_prefix("packed examples (data.packing) are tried out on the whole model first")
+        raise asked.refusal("a model with code of its own (model.trust_remote_code) is not read in parts")
+    if recipe.data.packing and asked is EVICT:  # a cache that is only filled is tried out by the run that reads it
+        raise asked.refusal("packed examples (data.packing) are tried out on the whole model first")
 
 
 def refuse_metrics(data: TaskData) -> None:
     """UserError when the evaluation needs the prefix after all."""
     if generates(data.metrics):
-        raise _needs_prefix(f"one of the metrics ({', '.join(data.metrics)}) generates text, which passes the prefix")
+        raise EVICT.refusal(f"one of the metrics ({', '.join(data.metrics)}) generates text, which passes the prefix")
 
 
-def evict(outline: nn.Module, anatomy: Anatomy, plan: FreezePlan) -> Eviction:
+def evict(outline: nn.Module, anatomy: Anatomy, plan: FreezePlan, asked: Asked = EVICT) -> Eviction:
     """What the plan's run can do without, from first step to last; `outline`: the whole model on the meta device, `anatomy` its own.
 
     UserError for a model of two stacks, for a plan that might need it after all, and where that is nothing.
     """
     if plan.decide_at is not None:
-        raise _needs_prefix(f"strategy '{plan.strategy}' decides on the way what trains, and might thaw what is gone")
-    Passage(outline, anatomy)  # one stack of layers, or its error
+        raise asked.refusal(f"strategy '{plan.strategy}' decides on the way what trains, a lower layer too perhaps")
+    if len({layer.stack for layer in anatomy.blocks}) != 1:
+        stacks = "two" if anatomy.blocks else "none"
+        raise asked.refusal(f"that goes through one stack of layers, and {anatomy.name} has {stacks}")
     adapted = plan.adapted(anatomy)
     cut = min(cut_of(adapted, phase.trainable) for phase in plan.phases)
     if cut == 0:
         raise UserError(
             f"Strategy '{plan.strategy}' leaves no layer frozen below all that trains, so there is no prefix to cache or to evict. Strategies "
             "with one are bottom, head, budget and salf, or patterns that freeze the embedding and the first layers; adapters on top "
-            "of them are fine. Else write freeze.evict_prefix: false."
+            f"of them are fine. {asked.pointless}"
         )
-    return Eviction(cut, _evictable(outline, anatomy, cut))
-
-
-def _needs_prefix(why: str) -> UserError:
-    return UserError(f"freeze.evict_prefix trains without the prefix's weights, and {why}. Write it false.")
+    return Eviction(cut, _evictable(outline, anatomy, cut), asked)
 
 
 def _evictable(outline: nn.Module, anatomy: Anatomy, cut: int) -> frozenset[str]:

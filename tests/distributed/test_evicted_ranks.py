@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evicted_kit import changed, evicted, losses, shelf, tensors_of
+from evicted_kit import changed, evicted, losses, rows_of, shelf, tensors_of
 from forks import run_ranks
 from tiny_runs import tiny_recipe
 
@@ -15,7 +15,7 @@ from dsfreeze.errors import UserError
 from dsfreeze.job import prepare_job
 from dsfreeze.prefix.codec import CODECS
 from dsfreeze.prefix.store import DiskStore
-from dsfreeze.prefix.streaming import prefill
+from dsfreeze.prefix.streaming import of_all_ranks, prefill
 from dsfreeze.recipe import Recipe
 from dsfreeze.saving import save_model
 
@@ -57,27 +57,28 @@ def test_every_stage_trains_the_suffix_as_it_trains_the_whole(tmp_path: Path, ze
             assert torch.equal(tensor, base[name])
 
 
-def fill_together(text: str, folder: str) -> tuple[int, int, str]:
-    """How many examples this rank computes where ranks share a folder, and how many the store has then; and what it is told where they
+def fill_together(text: str, folder: str) -> tuple[int, int, int, str]:
+    """How many examples this rank computes where ranks share a folder, and all; how many the store has then; and what it is told where they
     should share and do not."""
     recipe = Recipe.model_validate_json(text)
     with process_group(recipe) as ranks:
         job, share = prepare_job(recipe), (ranks.rank, ranks.world_size)
         store = DiskStore(Path(folder), 32, CODECS["fp32"], f"rank{ranks.rank}", may_write=True)
-        computed, found = prefill(job, store, shelf, share=share).examples, len(store)
-        assert prefill(job, store, shelf, share=share).examples == 0
+        filled = prefill(job, rows_of(job), store, shelf, share=share)
+        computed, everyones, found = filled.examples, of_all_ranks(filled).examples, len(store)
+        assert prefill(job, rows_of(job), store, shelf, share=share).examples == 0
         store.close()
         try:
-            prefill(job, shelf(), shelf, share=share)
+            prefill(job, rows_of(job), shelf(), shelf, share=share)
         except UserError as error:
-            return computed, found, str(error)
-        return computed, found, ""
+            return computed, everyones, found, str(error)
+        return computed, everyones, found, ""
 
 
 def test_ranks_fill_one_store(tmp_path: Path) -> None:
     """Each computes a part and sees all; a store that lacks examples after all is an error on every rank."""
     recipe = evicted(changed(tiny_recipe(tmp_path), zero="zero2"))
     found = run_ranks(fill_together, recipe.model_dump_json(exclude_unset=True), str(tmp_path / "store"))
-    assert found[0][1] == found[1][1] == found[0][0] + found[1][0]
+    assert {*found[0][1:3], *found[1][1:3]} == {found[0][0] + found[1][0]}
     assert min(found[0][0], found[1][0]) > 20
     assert all("lacks" in told and "after it was filled" in told for *_, told in found)
