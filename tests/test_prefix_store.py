@@ -262,6 +262,27 @@ def test_a_memory_store_neither_grows_nor_fails_at_the_end():
     assert len(store) == store.nbytes == 0
 
 
+def test_a_memory_store_takes_no_more_than_its_limit_and_says_so():
+    store = MemoryStore(WIDTH, CODECS["fp32"], limit=12 * WIDTH * 4)
+    for number in (8, 1):  # 9 and 2 tokens
+        store.add(key_of(number), states_of(number))
+    assert store.failure is None
+    store.add(key_of(2), states_of(2))  # 3 tokens
+    assert "more than" in store.failure
+    assert "memory" in store.failure
+    store.add(key_of(0), states_of(0))  # it would fit, but nothing is stored any more
+    assert [holds(store, number) for number in (8, 1, 2, 0)] == [True, True, False, False]
+    assert store.nbytes == 11 * WIDTH * 4
+
+
+def test_a_memory_store_may_be_filled_to_its_limit():
+    store = MemoryStore(WIDTH, CODECS["fp32"], limit=4 * WIDTH * 4)
+    store.add(key_of(3), states_of(3))
+    store.add(key_of(3), states_of(3))
+    assert holds(store, 3)
+    assert store.failure is None
+
+
 # -- shards
 
 
@@ -453,6 +474,50 @@ def test_what_a_damaged_shard_held_is_read_from_another_that_has_it(tmp_path):
     assert not holds(store, 2)
     assert holds(store, 2)
     assert store.nbytes == (3 + 4) * WIDTH * 4
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_shards_are_forgotten_in_any_order_and_no_example_that_is_left(tmp_path, seed):
+    """Oracle: the sets of numbers that the shards hold."""
+    dice = random.Random(seed)
+    held = {f"w{n}-000000.safetensors": dice.sample(range(20), 8) for n in range(6)}
+    for n, numbers in enumerate(held.values()):
+        filled(tmp_path / str(n), numbers, writer=f"w{n}")
+        shutil.move(tmp_path / str(n) / f"w{n}-000000.safetensors", tmp_path)
+    store = disk_store(tmp_path)
+    for name in dice.sample(sorted(held), 6):
+        (shard,) = [shard for shard in store._shards if shard.path.name == name]
+        store._forget(shard, DamagedShard("as the test wants it"))
+        del held[name]
+        left = set().union(*held.values())
+        assert {number for number in range(20) if key_of(number) in store} == left
+        assert all(holds(store, number) for number in left)
+        assert store.nbytes == sum(1 + number % 9 for number in left) * WIDTH * 4
+    assert store._index == store._copies == {}
+
+
+def test_forgetting_many_shards_takes_no_longer_for_each_the_more_there_are(tmp_path):
+    for number in range(150):
+        write_shard(tmp_path / f"w-{number:06d}.safetensors", CODECS["fp32"], 1, [
+            shards.Example(key_of(100 * number + k), torch.zeros(1, 1), None) for k in range(100)
+        ])  # fmt: skip
+    store = disk_store(tmp_path, width=1, may_write=False)
+    looked_at = 0
+    take, drop = store._take, store._drop
+
+    def counting(inner):
+        def count(shard):
+            nonlocal looked_at
+            looked_at += len(shard.keys)
+            inner(shard)
+
+        return count
+
+    store._take, store._drop = counting(take), counting(drop)
+    for shard in list(store._shards):
+        store._forget(shard, DamagedShard("as the test wants it"))
+    assert len(store) == store.nbytes == 0
+    assert looked_at == 150 * 100
 
 
 @pytest.mark.parametrize("how", ["gone", "shorter", "another"])
@@ -784,9 +849,13 @@ def test_the_second_process_may_not_write_while_the_first_lives(tmp_path):
     assert "only reads it" in mine.note
     child.kill()
     child.wait()
+    (mine.path / "manifest.json").unlink()
     assert mine.lock()
     assert mine.note is None
+    assert (mine.path / "manifest.json").exists()
+    (mine.path / "manifest.json").unlink()
     assert not CacheFolder(tmp_path, MANIFEST).lock()
+    assert not (mine.path / "manifest.json").exists(), "who may not write touches nothing"
     mine.release()
     assert CacheFolder(tmp_path, MANIFEST).lock()
 
@@ -811,7 +880,36 @@ def test_where_locks_do_not_work_all_may_write_and_where_writing_does_not_none(t
     cache = CacheFolder(tmp_path, MANIFEST)
     assert cache.lock() == may
     assert says in cache.note
+    assert (cache.path / "manifest.json").exists() == may
     cache.release()
+
+
+def test_a_disk_that_has_no_room_for_the_manifest_is_only_read_and_left_to_others(tmp_path, monkeypatch):
+    def refuses(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    cache = CacheFolder(tmp_path, MANIFEST)
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "write_whole", refuses)
+        assert not cache.lock()
+    assert "No space left" in cache.note
+    assert CacheFolder(tmp_path, MANIFEST).lock()
+
+
+def test_a_token_is_read_by_all_who_see_the_folder(tmp_path):
+    cache, other = CacheFolder(tmp_path, MANIFEST), CacheFolder(tmp_path, MANIFEST)
+    assert cache.signed() is None
+    assert cache.lock()
+    assert cache.sign("one")
+    assert other.signed() == "one"
+    assert cache.sign("two")
+    assert other.signed() == "two"
+    (cache.path / ".writer").unlink()
+    (cache.path / ".writer").mkdir()
+    assert not cache.sign("three")
+    assert "only read" in cache.note
+    assert cache.signed() is None
+    assert other.lock()
 
 
 def test_a_root_that_cannot_be_made_is_only_read(tmp_path):
@@ -869,3 +967,21 @@ def test_others_names_what_differs_nearest_first(tmp_path):
 
 def test_free_bytes_asks_the_nearest_folder_that_is_there(tmp_path):
     assert 0 < free_bytes(tmp_path / "not" / "yet") <= shutil.disk_usage(tmp_path).total
+
+
+def test_others_does_not_name_a_runs_own_other_cuts_and_shortens_digests(tmp_path):
+    ours = {**MANIFEST, "weights": "a1" * 32, "config": "b2" * 32}
+
+    def sibling(name: str, **changes) -> None:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps({**ours, "fingerprint": name, **changes}))
+
+    sibling("a", cut=2, weights="c3" * 32)
+    sibling("b", cut=1, weights="d4" * 32)
+    assert others(tmp_path, ours) == []
+    sibling("c", weights="e5" * 32, config="f6" * 32)
+    sibling("d", cut=1, weights="d4" * 32, dtype="bf16")
+    assert others(tmp_path, ours) == [
+        f"{tmp_path}/c was made with weights e5e5e5e5e5e5 and with config f6f6f6f6f6f6; this run has a1a1a1a1a1a1 and b2b2b2b2b2b2.",
+        f"{tmp_path}/d was made with dtype bf16, with cut 1 and with weights d4d4d4d4d4d4; this run has fp32, 3 and a1a1a1a1a1a1.",
+    ]

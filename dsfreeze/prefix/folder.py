@@ -3,6 +3,7 @@
 <root>/<first 16 letters of the fingerprint>/
   manifest.json          what the states were made from, for people and for messages: the name alone decides what fits
   .lock                  held by the process that may write
+  .writer                its token: who reads it here sees the same folder, on whatever machine
   <writer>-<n>.safetensors
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +22,9 @@ from filelock import FileLock, Timeout
 from dsfreeze.files import write_whole
 
 MANIFEST = "manifest.json"
+WRITER = ".writer"
 NAME_LETTERS = 16
+_DIGEST_LETTERS = 12
 _LISTED = 3
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
@@ -54,22 +58,41 @@ class CacheFolder:
         lock = FileLock(self.path / ".lock", timeout=0, thread_local=False)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._describe()
             lock.acquire()
             self._held = lock
         except Timeout:
             self.note = f"Another process writes the prefix cache {self.path}; this one only reads it."
             return False
         except (OSError, NotImplementedError) as error:
-            return self._may_write_after(error)
-        return True
-
-    def _may_write_after(self, error: OSError | NotImplementedError) -> bool:
-        if isinstance(error, NotImplementedError) or error.errno in _NO_LOCKS:
+            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                return self._refused(error)
             self.note = (
                 f"The disk of the prefix cache {self.path} has no locks; several runs may store the same states."
             )
-            return True
+        try:
+            self._describe()
+        except OSError as error:
+            return self._refused(error)
+        return True
+
+    def sign(self, token: str) -> bool:
+        """Leave a token in the folder, once we may write; tokens are equally long. False where the disk refuses: then we may not."""
+        try:
+            # in place: a network disk shows a file's new content sooner than another file under its name
+            (self.path / WRITER).write_text(token, encoding="utf-8")
+        except OSError as error:
+            return self._refused(error)
+        return True
+
+    def signed(self) -> str | None:
+        """The token that lies in the folder as this process sees it; None where none can be read."""
+        try:
+            return (self.path / WRITER).read_text(encoding="utf-8") or None
+        except (OSError, ValueError):
+            return None
+
+    def _refused(self, error: OSError) -> bool:
+        self.release()
         self.note = f"The prefix cache {self.path} cannot be written: {error.strerror or error}. It is only read."
         return False
 
@@ -88,7 +111,8 @@ class CacheFolder:
 def others(root: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Caches of the same model, or of the same weights, that do not fit: a sentence for each of the nearest three.
 
-    Nearest is the one with the fewest differences. Folders whose manifest cannot be read are passed over.
+    Nearest is the one with the fewest differences. Passed over are folders whose manifest cannot be read, and those that differ in
+    the cut and the weights below it alone: a run keeps one for each of its cuts.
     """
     found = []
     for path in _subfolders(root):
@@ -96,6 +120,8 @@ def others(root: Path, manifest: Mapping[str, Any]) -> list[str]:
         if theirs is None or theirs.get("fingerprint") == manifest["fingerprint"] or not _related(theirs, manifest):
             continue
         differing = [k for k in {**manifest, **theirs} if k != "fingerprint" and theirs.get(k) != manifest.get(k)]
+        if set(differing) == {"cut", "weights"}:
+            continue
         found.append((len(differing), str(path), _sentence(path, differing, theirs, manifest)))
     return [sentence for _, _, sentence in sorted(found)[:_LISTED]]
 
@@ -109,9 +135,15 @@ def free_bytes(folder: Path) -> int:
 def _sentence(path: Path, differing: list[str], theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     if not differing:
         return f"{path} was made from something else that its manifest does not tell."
-    made = [f"with {key} {theirs[key]}" if key in theirs else f"without {key}" for key in differing]
-    has = [str(ours[key]) if key in ours else f"no {key}" for key in differing]
+    made = [f"with {key} {_short(theirs[key])}" if key in theirs else f"without {key}" for key in differing]
+    has = [_short(ours[key]) if key in ours else f"no {key}" for key in differing]
     return f"{path} was made {_listed(made)}; this run has {_listed(has)}."
+
+
+def _short(value: Any) -> str:
+    """The value, of a digest its first letters."""
+    text = str(value)
+    return text[:_DIGEST_LETTERS] if re.fullmatch(r"[0-9a-f]{32,}", text) else text
 
 
 def _listed(words: list[str]) -> str:

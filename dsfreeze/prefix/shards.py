@@ -19,6 +19,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import time
 import zlib
@@ -140,8 +141,27 @@ def remove_abandoned(folder: Path) -> None:
     for path in folder.glob(".*.tmp"):
         found = re.fullmatch(r"\.[^.]+\.([^.]+)\.(\d+)\.[0-9a-f]+\.tmp", path.name)
         with suppress(OSError):
-            if found and (_is_dead(found[1], int(found[2])) or time.time() - path.stat().st_mtime > _ABANDONED_SECONDS):
+            if found and (_is_dead(found[1], int(found[2])) or _is_old(path)):
                 path.unlink()
+
+
+def owner() -> str:
+    """This process in the names of folders that are gone with it."""
+    return f"{_host()}-{os.getpid()}"
+
+
+def remove_abandoned_folders(parent: Path, prefix: str, *, elsewhere: bool) -> None:
+    """Remove the folders `<prefix><owner>-<letters and digits>` of processes of this host that died; with `elsewhere` those of other
+    hosts too, a day after they were last written."""
+    for path in parent.glob(f"{prefix}*"):
+        found = re.fullmatch(re.escape(prefix) + r"(.+)-(\d+)-[a-z0-9_]+", path.name)
+        with suppress(OSError):
+            if found and (_is_dead(found[1], int(found[2])) or (elsewhere and found[1] != _host() and _is_old(path))):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_old(path: Path) -> bool:
+    return time.time() - path.stat().st_mtime > _ABANDONED_SECONDS
 
 
 def _pieces(codec: Codec, width: int, examples: Sequence[Example]) -> Iterator[bytes | memoryview]:

@@ -66,10 +66,10 @@ class Store(Protocol):
 
 
 class MemoryStore:
-    """States in this process's memory; gone with it."""
+    """States in this process's memory; gone with it. `limit`: bytes that they may take, None for any number."""
 
-    def __init__(self, width: int, codec: Codec) -> None:
-        self.width, self.codec = width, codec
+    def __init__(self, width: int, codec: Codec, limit: int | None = None) -> None:
+        self.width, self.codec, self.limit = width, codec, limit
         self.failure: str | None = None
         self.damaged: list[str] = []
         self.refused = 0
@@ -87,7 +87,13 @@ class MemoryStore:
         return self._tokens * self.codec.bytes_per_token(self.width)
 
     def add(self, key: bytes, states: Tensor) -> None:
-        if key in self:
+        if self.failure or key in self:
+            return
+        if self.limit is not None and self.nbytes + len(states) * self.codec.bytes_per_token(self.width) > self.limit:
+            self.failure = (
+                f"The states take more than the {self.limit / 1e9:.3g} GB of memory that were free. The run goes on with the "
+                f"{len(self)} examples that are stored; nothing is added to them any more."
+            )
             return
         example = _encoded(self.codec, self.width, key, states)
         if example is None:
@@ -132,9 +138,10 @@ class DiskStore:
         self.failure: str | None = None
         self.refused = 0
         self.damaged: list[str] = []
-        self._lock = Lock()  # the six below; never held while the disk is read or written
-        self._shards: list[Shard] = []
+        self._lock = Lock()  # the seven below; never held while the disk is read or written
+        self._shards: set[Shard] = set()
         self._index: dict[bytes, tuple[Shard, int]] = {}
+        self._copies: dict[bytes, list[tuple[Shard, int]]] = {}  # what the index has from another shard; few, if any
         self._indexed_tokens = 0
         self._buffer: dict[bytes, Example] = {}
         self._buffered_tokens = 0
@@ -255,15 +262,31 @@ class DiskStore:
             new = path.name not in self._seen  # not taken in by another thread meanwhile
             self._seen.add(path.name)
             if new and shard is not None and shard.codec == self.codec and shard.width == self.width:
-                self._shards.append(shard)
+                self._shards.add(shard)
                 self._take(shard)
 
     def _take(self, shard: Shard) -> None:
         for position, key in enumerate(shard.keys):
-            if key not in self._index:
+            if key in self._index:
+                self._copies.setdefault(key, []).append((shard, position))
+            else:
                 self._index[key] = shard, position
                 self._indexed_tokens += shard.length(position)
             self._unbuffer(key)
+
+    def _drop(self, shard: Shard) -> None:
+        """Take a shard's examples out of the index; those that another shard has too are read from there."""
+        for key in shard.keys:
+            copies = [(other, at) for other, at in self._copies.pop(key, []) if other is not shard]
+            owner, position = self._index.get(key, (None, 0))
+            if owner is shard:
+                self._indexed_tokens -= shard.length(position)
+                del self._index[key]
+                if copies:
+                    self._index[key] = other, at = copies.pop(0)
+                    self._indexed_tokens += other.length(at)
+            if copies:
+                self._copies[key] = copies
 
     def _unbuffer(self, key: bytes) -> None:
         example = self._buffer.pop(key, None)
@@ -275,9 +298,7 @@ class DiskStore:
             if shard not in self._shards:
                 return
             self._shards.remove(shard)
-            self._index, self._indexed_tokens = {}, 0
-            for other in self._shards:
-                self._take(other)
+            self._drop(shard)
             if isinstance(error, OSError):
                 self._seen.discard(shard.path.name)
         self._tell_damaged(shard.path, error)

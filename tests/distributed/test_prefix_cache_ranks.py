@@ -95,4 +95,82 @@ def apart(raw: dict, folder: str) -> dict:
     rank = os.environ["RANK"]
     levels._machine = lambda: rank
     levels.disk_root = lambda _: Path(folder) / f"disk-{rank}"
+    os.environ["LOCAL_RANK"] = "0"
     return train(raw)
+
+
+MANIFEST = {"fingerprint": "0123456789abcdef" + "0" * 48, "model": "tiny", "stored": "fp32", "cut": 1}
+
+
+def opened(roots: list[str], machines: list[int], tier: str = "disk", shared_memory: str = "/dev/shm") -> dict:
+    """What each rank may do in a level of its root; equal numbers in `machines` are ranks of one machine."""
+    import torch
+    import torch.distributed as dist
+
+    from dsfreeze.engine.ranks import Ranks
+    from dsfreeze.prefix import levels
+
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    levels._machine = lambda: f"machine-{machines[rank]}"
+    levels.SHARED_MEMORY = Path(shared_memory)
+    ranks = Ranks(rank, world_size, machines[:rank].count(machines[rank]), torch.device("cpu"))
+    level = levels.open_level(tier, 1, ("digest",), MANIFEST, 4, ranks, Path(roots[rank]))
+    key = bytes([rank] * 16)
+    level.store.add(key, torch.full((2, 4), float(rank)))
+    level.store.flush()
+    dist.barrier()
+    level.store.refresh()
+    found = {
+        "may_write": level.store.may_write, "share": level.share, "notes": level.notes, "examples": len(level.store),
+        "where": str(level.store.folder),
+    }  # fmt: skip
+    dist.barrier()
+    level.close()
+    dist.destroy_process_group()
+    return found
+
+
+def test_machines_that_share_a_folder_all_write_it(tmp_path):
+    found = run_ranks(opened, [str(tmp_path)] * 2, [0, 1])
+    assert [one["may_write"] for one in found] == [True, True]
+    assert [one["share"] for one in found] == [(0, 2), (1, 2)]
+    assert [one["examples"] for one in found] == [2, 2]
+    assert [one["notes"] for one in found] == [[], []]
+
+
+def test_machines_with_folders_of_their_own_all_write_theirs(tmp_path):
+    found = run_ranks(opened, [str(tmp_path / "a"), str(tmp_path / "b")], [0, 1])
+    assert [one["may_write"] for one in found] == [True, True]
+    assert [one["share"] for one in found] == [(0, 1), (0, 1)]
+    assert [one["examples"] for one in found] == [1, 1]
+
+
+def test_a_folder_that_two_of_three_machines_share(tmp_path):
+    roots = [str(tmp_path / name) for name in ("own", "shared", "shared", "shared")]
+    found = run_ranks(opened, roots, [0, 1, 1, 2], world_size=4)
+    assert all(one["may_write"] for one in found)
+    assert [one["share"] for one in found] == [(0, 1), (0, 3), (1, 3), (2, 3)]
+    assert [one["examples"] for one in found] == [1, 3, 3, 3]
+
+
+def test_no_machine_writes_what_another_run_writes(tmp_path):
+    from dsfreeze.prefix.folder import CacheFolder
+
+    other = CacheFolder(tmp_path / "theirs", MANIFEST)
+    assert other.lock()
+    assert other.sign("another run's")
+    found = run_ranks(opened, [str(tmp_path / "theirs"), str(tmp_path / "ours")], [0, 1])
+    other.release()
+    assert [one["may_write"] for one in found] == [False, True]
+    assert [one["share"] for one in found] == [(0, 1), (0, 1)]
+    assert ["only reads it" in " ".join(one["notes"]) for one in found] == [True, False]
+
+
+def test_ranks_share_the_memory_of_their_machine(tmp_path):
+    """Each machine's folder is named by a process of its own, that a later run there can find dead."""
+    found = run_ranks(opened, [str(tmp_path)] * 3, [0, 1, 1], "memory", str(tmp_path), world_size=3)
+    assert [one["share"] for one in found] == [(0, 1), (0, 2), (1, 2)]
+    assert [one["examples"] for one in found] == [1, 2, 2]
+    assert len({one["where"] for one in found}) == 2
+    assert list(tmp_path.iterdir()) == []
