@@ -23,6 +23,7 @@ from rich.console import Console
 
 from dsfreeze.data.examples import Batch
 from dsfreeze.engine import Engine
+from dsfreeze.engine.process import everyones
 from dsfreeze.engine.ranks import Ranks
 from dsfreeze.errors import UserError
 from dsfreeze.job import Job, dtype_of

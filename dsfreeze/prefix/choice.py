@@ -15,11 +15,13 @@ from dsfreeze.engine.ranks import Ranks
 from dsfreeze.errors import UserError
 from dsfreeze.estimate.caching import MEMORY_SHARE, CacheCost, Choice, asked_for, cache_cost, choose, require_room
 from dsfreeze.hardware import DEVICES, Device, find_device
-from dsfreeze.job import Job
+from dsfreeze.job import Job, dtype_of, room_of
 from dsfreeze.plan import FreezePlan, Phase
 from dsfreeze.prefix.codec import CODECS
+from dsfreeze.prefix.eviction import groups_of
 from dsfreeze.prefix.levels import disk_root, free_disk, free_memory
 from dsfreeze.prefix.passage import cut_of
+from dsfreeze.prefix.streaming import scratch_bytes
 from dsfreeze.recipe import Recipe
 
 
@@ -70,7 +72,9 @@ def choose_tier(
     if not stretch.cut:
         return Choice("off", "off: no transformer layer lies below all that trains")
     cost = _cost(job, ranks, stretch, steps_per_epoch, tokens)
-    room = _least_room(ranks, job.recipe.freeze.prefix_cache_dir)
+    waiting = _waiting_bytes(job, sum(tokens))
+    least = _least_room(ranks, job.recipe.freeze.prefix_cache_dir)
+    room = {where: max(0, free - waiting) for where, free in least.items()}
     if wanted == "auto":
         if cost.read_seconds("disk") < cost.recompute_seconds and there.complete():
             return Choice("disk", "disk: the states of all examples are stored already")
@@ -88,6 +92,15 @@ def choose_tier(
             raise
         return Choice("off", f"off from here on: {problem}")
     return asked_for(wanted, cost)
+
+
+def _waiting_bytes(job: Job, num_tokens: int) -> int:
+    """Of states that wait between groups of layers while the cache of an evicted prefix is filled."""
+    if job.eviction is None:
+        return 0
+    dtype = dtype_of(job.recipe)
+    groups = groups_of(job.plain.blocks[: job.eviction.cut], room_of(job.recipe, job.plan, job.plain), dtype)
+    return scratch_bytes(num_tokens, job.anatomy.hidden_size, dtype, len(groups))
 
 
 def _least_room(ranks: Ranks, folder: Path | None) -> dict[str, int]:
