@@ -33,7 +33,7 @@ DATA = [
 ]
 SHORT = [
     *DATA, "train.export=false", "train.save_strategy=no", "zero=local", "model.name=smollm2-135m", "train.num_train_epochs=5",
-    "data.max_train_examples=80", "train.eval_strategy=no",
+    "data.max_train_examples=40", "train.eval_strategy=no",
 ]  # fmt: skip
 WALL = {
     "full": ["freeze.strategy=full", "freeze.fraction=null"],
@@ -90,7 +90,7 @@ def wall() -> dict[str, Any]:
         rounds.append(seconds)
     cache = told["bottom75_memory"]
     return {
-        "runs": "smollm2-135m, RTE, 80 examples, batch 8, 5 epochs, fp32, local engine",
+        "runs": "smollm2-135m, RTE, 40 examples, batch 8, 5 epochs, fp32, local engine",
         "times_faster_than_full": {name: spread([r["full"] / r[name] for r in rounds]) for name in WALL},
         "hits": cache["hits"], "examples": cache["examples"], "bytes": cache["bytes"],
         "wait_share": round(cache["wait_share"], 5),

@@ -99,7 +99,7 @@ def test_auto_reads_no_weights_where_nothing_is_to_be_stored(tmp_path, monkeypat
 
     read, names = LocalEngine.read_weight, []
     monkeypatch.setattr(LocalEngine, "read_weight", lambda self, name: names.append(name) or read(self, name))
-    assert told_by(tmp_path, "auto", train={"num_train_epochs": 1})[1]["tier"] == "off"
+    assert told_by(tmp_path, "auto", train={"num_train_epochs": 1, "export": False})[1]["tier"] == "off"
     assert names == []
 
 

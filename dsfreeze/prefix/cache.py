@@ -200,7 +200,9 @@ class PrefixCache:
         require_suffix(self._passage, engine.no_grad_forward, inputs, states, staged.level.cut)
 
     def _tokens(self) -> tuple[int, int]:
-        return self.train.tokens if self.train else 0, self.eval.tokens if self.eval else 0
+        """Of the examples that training and evaluation will pass."""
+        evaluates = self.eval is not None and self.job.recipe.train.eval_strategy != "no"
+        return self.train.tokens if self.train else 0, self.eval.tokens if self.eval and evaluates else 0
 
     # -- passes ------------------------------------------------------------------------------------------------
 

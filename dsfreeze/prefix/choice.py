@@ -84,7 +84,7 @@ def choose_tier(
         # without its weights a prefix can only be read
         wanted = "memory" if MEMORY_SHARE * cost.size <= room["free_memory"] else "disk"
     if wanted == "disk" and cost.size > room["free_disk"]:
-        room["free_disk"] += there.nbytes()
+        room["free_disk"] += cost.size if there.complete() else there.nbytes()
     try:
         require_room(wanted, cost, **room)
     except UserError as problem:
