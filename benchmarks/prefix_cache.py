@@ -20,7 +20,7 @@ import torch
 from common import machine, spread, write
 from prefix_cache_peers import Peer
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
+from step_time import model
 
 from dsfreeze.checkpoint import Base
 from dsfreeze.data import Examples, Loader, TaskData
@@ -68,15 +68,6 @@ class NoTokenizer:
 
     def get_vocab(self) -> dict[str, int]:
         return {}
-
-
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=384, intermediate_size=1024, num_hidden_layers=12, num_attention_heads=6, num_key_value_heads=6,
-        vocab_size=1024, tie_word_embeddings=False, use_cache=False,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
 
 
 def job_of(freeze: dict[str, Any], folder: Path) -> Job:

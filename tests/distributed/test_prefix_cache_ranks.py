@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from forks import run_ranks
+from forks import outcomes_of, run_ranks
 from test_train import STAGES, losses, train, values
 from tiny_runs import tiny_recipe
 
@@ -174,3 +174,53 @@ def test_ranks_share_the_memory_of_their_machine(tmp_path):
     assert [one["examples"] for one in found] == [1, 2, 2]
     assert len({one["where"] for one in found}) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tier", ["auto", "disk"])
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_ranks_that_find_otherwise_go_on_alike(tmp_path, tier, zero):
+    """One rank's check refuses the model: with `auto` both train without a cache, else both say why."""
+    raw = values(cached(tmp_path, tier), zero, tmp_path / "run", ranks=2)
+    found = outcomes_of(refused_on_one_rank, raw, timeout=120)
+    if tier == "disk":
+        assert [(o.kind, o.error) for o in found] == [("error", "UserError")] * 2
+        assert all("rank 1 rounds otherwise" in o.text for o in found)
+        return
+    assert [o.value["prefix_cache"]["tier"] for o in found] == ["off", "off"]
+    train(values(cached(tmp_path, "off"), "local", tmp_path / "local", ranks=1))
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "local"), rel=1e-5)
+
+
+def refused_on_one_rank(raw: dict) -> dict:
+    from dsfreeze.errors import UserError
+    from dsfreeze.prefix import cache as caches
+
+    check = caches.require_passable
+
+    def checked(*args):
+        check(*args)
+        if os.environ["RANK"] == "1":
+            raise UserError("rank 1 rounds otherwise")
+
+    caches.require_passable = checked
+    return train(raw)
+
+
+@pytest.mark.slow
+def test_a_fill_that_fails_leaves_no_shared_memory(tmp_path):
+    raw = values(cached(tmp_path, "memory", evict_prefix=True), "zero2", tmp_path / "run", ranks=2)
+    found = outcomes_of(failing_fill, raw, timeout=120)
+    assert [o.kind for o in found] == ["error", "error"]
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith("dsfreeze-")]
+
+
+def failing_fill(raw: dict) -> dict:
+    from dsfreeze.errors import UserError
+    from dsfreeze.prefix import streaming
+
+    def fail(*_, **__):
+        raise UserError("the fill has failed")
+
+    streaming.everybody_has = fail
+    return train(raw)
