@@ -19,12 +19,12 @@ def cached(folder: Path, tier: str, **freeze):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tier", ["memory", "disk"])
-def test_every_stage_has_the_losses_of_a_run_without_a_cache(tmp_path, tier):
+@pytest.mark.parametrize(("tier", "stages"), [("memory", STAGES), ("disk", ["zero1", "zero3"])])
+def test_every_stage_has_the_losses_of_a_run_without_a_cache(tmp_path, tier, stages):
     """45 examples in batches of 4, so that the ranks meet other examples in each epoch, and a filler at its end."""
     plain = train(values(cached(tmp_path, "off"), "local", tmp_path / "local", ranks=1))
     expected = losses(tmp_path / "local")
-    for zero in STAGES:
+    for zero in stages:
         recipe = cached(tmp_path / zero, tier) if tier == "disk" else cached(tmp_path, tier)
         summaries = run_ranks(train, values(recipe, zero, tmp_path / zero / "run", ranks=2), timeout=120)
         assert losses(tmp_path / zero / "run") == pytest.approx(expected, rel=1e-5), zero
@@ -50,11 +50,11 @@ def test_a_second_run_reads_what_the_first_one_stored(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tier", ["memory", "disk"])
-def test_every_stage_trains_without_the_prefix(tmp_path, tier):
+@pytest.mark.parametrize(("tier", "stages"), [("memory", STAGES), ("disk", ["zero3"])])
+def test_every_stage_trains_without_the_prefix(tmp_path, tier, stages):
     """Two ranks fill one cache, and none holds the prefix."""
     train(values(cached(tmp_path, "off"), "local", tmp_path / "local", ranks=1))
-    for zero in STAGES:
+    for zero in stages:
         recipe = cached(tmp_path, tier, evict_prefix=True, prefix_cache_dir=str(tmp_path / zero))
         found = run_ranks(train, values(recipe, zero, tmp_path / zero / "run", ranks=2), timeout=120)[0]
         assert losses(tmp_path / zero / "run") == pytest.approx(losses(tmp_path / "local"), rel=1e-5), zero
@@ -177,8 +177,7 @@ def test_ranks_share_the_memory_of_their_machine(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tier", ["auto", "disk"])
-@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+@pytest.mark.parametrize(("tier", "zero"), [("auto", "zero3"), ("disk", "zero2")])
 def test_ranks_that_find_otherwise_go_on_alike(tmp_path, tier, zero):
     """One rank's check refuses the model: with `auto` both train without a cache, else both say why."""
     raw = values(cached(tmp_path, tier), zero, tmp_path / "run", ranks=2)
