@@ -145,8 +145,8 @@ class PrefixCache:
 
     def _open(self, stretch: Stretch, read: ReadWeight) -> Level | None:
         """The stretch's level: open already, or worth opening."""
-        if stretch.cut and (there := self.holdings.find(stretch, read)):
-            return there
+        if stretch.cut and (level := self.holdings.find(stretch, read)):
+            return level
         there = self.holdings.there(stretch, read, self.train)
         choice = choose_tier(
             self.job, self.ranks, stretch, self.steps_per_epoch, self._tokens(), there, first=not self.reason
