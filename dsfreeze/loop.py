@@ -32,6 +32,7 @@ from dsfreeze.evaluation import evaluate
 from dsfreeze.interrupt import Interrupt, Interrupted
 from dsfreeze.job import Job, prepare_job
 from dsfreeze.journal import Journal
+from dsfreeze.objectives import Term
 from dsfreeze.phases import Phases
 from dsfreeze.prediction import predict, sentence
 from dsfreeze.prefix.ahead import ReadAhead, Ready
@@ -77,6 +78,7 @@ class Run:
         self.phases = Phases(job, self.journal, self.console, self.total)
         self.prefix = PrefixCache(job, ranks, self.console, self.total, self.loader.steps_per_epoch)
         self.steps = ReadAhead(self.loader, self.prefix)
+        self.terms: list[Term] = []
         self.step = 0
         self.metrics: dict[str, dict[str, float]] = {}
         self.seconds: list[float] = []
@@ -149,6 +151,8 @@ class Run:
             self.fullest = max(self.fullest, tuple(batch["input_ids"].shape), key=math.prod)
             with self.prefix.around(engine, self.prefix.train, chosen, batch, staged, counts=items > 0):
                 loss += engine.forward_backward(batch, items / step.global_items)
+        for term in self.terms:
+            term.before_step(engine, self.step)
         learning_rate, own = rates_at(self.job.plan, self.step, self.schedule, self.options.learning_rate)
         norm = engine.step(learning_rate, own)
         failed = float(self.journal.failure is not None)

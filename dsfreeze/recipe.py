@@ -13,11 +13,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dsfreeze.recipe_freeze import FREEZE_KEYS, SCORES_FORM, AdapterOptions, FreezeOptions, Strategy
+from dsfreeze.recipe_preference import PreferenceOptions
+from dsfreeze.recipe_retain import RetainOptions
 from dsfreeze.recipe_section import Limits, Section, Seed, Texts, checked_limits, refuse_unread
 
 __all__ = [
     "DATA_KEYS", "FREEZE_KEYS", "SCORES_FORM", "TASKS", "AdapterOptions", "AnalyzeOptions", "DataOptions", "FreezeOptions", "ModelOptions",
-    "Recipe", "Section", "Strategy", "Task", "TrainOptions",
+    "PreferenceOptions", "Recipe", "RetainOptions", "Section", "Strategy", "Task", "TrainOptions",
 ]  # fmt: skip
 
 OPTIMIZERS = ("adamw_torch",)
@@ -265,6 +267,10 @@ class Recipe(Section):
     """A name under ds_configs/, a path to a DeepSpeed JSON, or `local`: plain PyTorch in one process."""
     train: TrainOptions = TrainOptions()
     """How it is trained."""
+    preference: PreferenceOptions = PreferenceOptions()
+    """What a preference task minimises."""
+    retain: RetainOptions = RetainOptions()
+    """What is done so that earlier tasks are not forgotten."""
     analyze: AnalyzeOptions = AnalyzeOptions()
     """How `dsfreeze analyze` looks for where to fine-tune."""
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from dsfreeze.objectives import Objective
     from dsfreeze.plan import Phase
 
 
@@ -55,13 +56,15 @@ class Engine(Protocol):
     module: nn.Module
     config: Mapping[str, Any] | None
     """The DeepSpeed configuration; None without DeepSpeed."""
+    objective: Objective
+    """What `forward_backward` minimises; the model's own loss unless another is put here."""
 
     def enter(self, phase: Phase) -> None:
         """Make exactly the phase's tensors trainable; the same set again is free (collective: digests of the set are
         compared first). Tensors that leave and come back do so by the plan's state rule."""
 
     def forward_backward(self, batch: Mapping[str, torch.Tensor], weight: float) -> float:
-        """Backward of `weight` x the model's own (mean) loss; returns that product. With weight 0 a batch is a filler.
+        """Backward of `weight` x the objective's (mean) loss; returns that product. With weight 0 a batch is a filler.
 
         Called gradient_accumulation_steps times before `step`. Gradients SUM over ranks and micro-steps: whoever calls
         passes local items / global items as the weight, so that a step does not depend on the world size.

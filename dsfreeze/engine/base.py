@@ -26,6 +26,7 @@ from dsfreeze.engine.movement import Checksums, changed, checksums, merge
 from dsfreeze.engine.parcels import Parcel
 from dsfreeze.engine.streaming import Take, streamed_gradients
 from dsfreeze.errors import UserError, did_you_mean
+from dsfreeze.objectives import Objective
 from dsfreeze.plan import Phase, StateRule
 from dsfreeze.recipe import Recipe
 
@@ -68,6 +69,7 @@ class BaseEngine(ABC):
         self._watches_gradients = False
         self._gradients: dict[str, tuple[float, float]] = {}
         self._start: dict[str, torch.Tensor] = {}
+        self.objective = Objective()
         self.groups: list[Group] = []
         #: What the optimizer steps on this rank; empty before a phase is entered.
         self.flats: list[Flat] = []
@@ -136,14 +138,16 @@ class BaseEngine(ABC):
         assert self._modes is not None, "enter a phase first"
         self._check_flags()
         self._modes.train()
-        outputs = self._forward(**self._move(batch), **self._forward_options)
+        batch = self._move(batch)
+        outputs = self._forward(**self.objective.inputs(batch), **self._forward_options)
         if weight == 0:
             # the mean loss of a filler is over no terms (0/0); this is zero, and reaches every gradient hook
             loss = outputs.logits.sum(dtype=torch.float32) * 0.0
-        elif outputs.loss is None:
+        elif (own := self.objective.loss(outputs, batch)) is None:
             raise UserError("The batch has no labels: the model computed no loss.")
         else:
-            loss = outputs.loss.float() * weight
+            loss = own.float() * weight
+            del own
         del outputs  # the logits, which backward does not read
         self._backward(loss)
         return float(loss.detach())

@@ -1,0 +1,44 @@
+"""What is minimised: the model's own loss, or another one made of its outputs (`Objective`), and what is added to it so that
+earlier tasks are retained (`Term`).
+
+An objective sees one micro-batch; a term sees the engine, and has its say once a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from dsfreeze.engine import Engine
+
+
+class Objective:
+    """The model's own mean loss (supervised tasks)."""
+
+    def inputs(self, batch: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """What of a batch the model is called with."""
+        return batch
+
+    def loss(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Scalar: the mean over the batch's items (`TaskData.num_items`); None where the batch has no labels."""
+        return outputs.loss
+
+
+class Term(Protocol):
+    """Something beside the objective, such as a penalty or a projection of the gradient. Every rank has its own; calls are
+    collective where an engine's are."""
+
+    def start(self, engine: Engine) -> None:
+        """Before the first step, when the engine holds the weights (those of the checkpoint, if there is one)."""
+
+    def before_step(self, engine: Engine, step: int) -> None:
+        """Between a step's backward passes and its update; `step` counts from 0."""
+
+    def value(self, engine: Engine) -> float:
+        """What it adds to the loss at the step's weights, the same on every rank."""
+
+    def finish(self, engine: Engine) -> None:
+        """After the last step: leave what later tasks need."""
