@@ -253,7 +253,7 @@ class Run:
         return {
             "steps": self.step, "loss": self.loss, "metrics": self.metrics,
             "strategy": job.plan.strategy, "plan_digest": job.plan.digest,
-            "trainable": cost.trainable, "total": cost.total,
+            "trainable": cost.trainable, "held": cost.held, "total": cost.total,
             "flops_vs_full": cost.flops_per_token / cost.full_flops_per_token, "full_flops_per_token": cost.full_flops_per_token,
             "seconds_per_step": statistics.median(steady) if steady else None, "memory": {**asdict(memory), "peak": peak},
             "never_moved": list(self.phases.still), "switches": self.phases.switches,

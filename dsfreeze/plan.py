@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from dsfreeze.anatomy import Anatomy
+from dsfreeze.anatomy import Anatomy, Tensor
 from dsfreeze.errors import UserError
 
 #: What happens to Adam's state of a tensor that stops training; `refreeze` defines the three.
@@ -144,6 +144,11 @@ class FreezePlan:
     def held_back(self) -> dict[str, Mask]:
         """The masks by tensor."""
         return {mask.tensor: mask for mask in self.masks}
+
+    def elements_of(self, tensor: Tensor) -> int:
+        """How many elements of a tensor train when it does."""
+        mask = self.held_back.get(tensor.name)
+        return tensor.numel if mask is None else mask.trained
 
     @cached_property
     def _starts(self) -> list[int]:

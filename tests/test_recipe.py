@@ -273,12 +273,12 @@ freeze:
 
 
 def test_a_key_that_nothing_reads_is_a_mistake_with_its_line(written):
-    """Oracle: the lines of UNREAD, counted by hand; `round: floor` is the default and says nothing."""
+    """Oracle: the lines of UNREAD, counted by hand; `round: floor` is rounding's default, and says nothing."""
     header, *lines = told(written(UNREAD)).splitlines()
     expected = [(4, "data.prefix: task 'sft'", "seq2seq"), (5, "data.label: task 'sft'", "classification, tokens"),
-                (8, "freeze.scores: freeze.strategy 'bottom'", "ranked, owlore, budget, salf"),
+                (8, "freeze.scores: freeze.strategy 'bottom'", "ranked, owlore, budget, salf, half"),
                 (9, "freeze.offset: freeze.strategy 'bottom'", "interval"),
-                (10, "freeze.seed: freeze.strategy 'bottom'", "random, lisa, badam, hift, owlore, adagradselect, grass, blockllm")]  # fmt: skip
+                (10, "freeze.seed: freeze.strategy 'bottom'", "random, half, lisa, badam, hift, owlore, adagradselect, grass, blockllm")]  # fmt: skip
     assert header == f"{len(expected)} mistakes:"
     for line, (number, start, readers) in zip(lines, expected, strict=True):
         assert f"recipe.yaml:{number}: {start} does not read it (only {readers})." in line
@@ -293,8 +293,8 @@ def test_a_key_that_nothing_reads_is_a_mistake_with_its_line(written):
         (["freeze.trainable=head", "freeze.granularity=bias"], "command line: freeze.granularity: freeze.strategy 'patterns'"),
         (["freeze.strategy=top", "freeze.trainable=head"], "command line: freeze.trainable: freeze.strategy 'top'"),
         (["freeze.trainable=head", "freeze.fraction=0.5"], "command line: freeze.fraction: freeze.strategy 'patterns'"),
-        (["freeze.strategy=interval", "freeze.round=ceil"], "command line: freeze.round: freeze.strategy 'interval'"),
-        (["freeze.count=2", "freeze.round=ceil"], "command line: freeze: round is about a fraction"),
+        (["freeze.strategy=interval", "freeze.rounding=ceil"], "command line: freeze.rounding: freeze.strategy 'interval'"),
+        (["freeze.count=2", "freeze.round=ceil"], "command line: freeze: rounding is about a fraction"),
         (["data.packing=true"], "command line: data.packing: task 'classification' does not read it (only sft)"),
         (["task=causal_lm", "data.max_new_tokens=9"], "command line: data.max_new_tokens: task 'causal_lm'"),
     ],
@@ -312,7 +312,7 @@ SALF = ["freeze.strategy=salf", "freeze.scores=s.json"]
     [
         (["freeze.budget={flops: 50%}"], "freeze.budget: freeze.strategy 'bottom' does not read it (only budget)."),
         ([*SALF, "freeze.budget={flops: 50%}"], "freeze.budget: freeze.strategy 'salf' does not read it (only budget)."),
-        ([*SALF, "freeze.score=fisher"], "freeze.score: freeze.strategy 'salf' does not read it (only ranked, owlore, budget)."),
+        ([*SALF, "freeze.score=fisher"], "freeze.score: freeze.strategy 'salf' does not read it (only ranked, owlore, budget, half)."),
         ([*SALF, "freeze.fraction=0.5"], "freeze.fraction: freeze.strategy 'salf' does not read it"),
         *(([*BUDGET, f"freeze.{key}={value}"], f"freeze.{key}: freeze.strategy 'budget' does not read it (only salf).")
           for key, value in (("trace", "logit_lens"), ("gain", "b"), ("tau", "0.5"), ("cut", "mode"), ("min_layers", "2"),

@@ -12,7 +12,7 @@ from dsfreeze.errors import UserError, did_you_mean
 from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import FreezeOptions
 from dsfreeze.setting import Setting
-from dsfreeze.strategies import budgeted, progressive, rotating, salf, static
+from dsfreeze.strategies import budgeted, half, progressive, rotating, salf, static
 from dsfreeze.strategies.adaptive import ADAPTIVE
 
 #: (anatomy without adapters, options, optimizer steps of the run or None) -> plan
@@ -29,6 +29,7 @@ STRATEGIES: dict[str, Strategy] = {
     "ranked": static.ranked,
     "budget": budgeted.budget,
     "salf": salf.salf,
+    "half": half.half,
     "patterns": static.patterns,
     "bitfit": static.bitfit,
     "norms": static.norms,
