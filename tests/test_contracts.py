@@ -179,7 +179,7 @@ def test_digests_do_not_depend_on_the_process():
         "print([p(anatomies.bert(), O(strategy=s, granularity='category')).digest"
         " for s in ('random', 'bottom', 'bitfit', 'lora')]);"
         "print([p(anatomies.bert(), O(strategy=s), 99).digest"
-        " for s in ('lisa', 'badam', 'hift', 'sweep', 'gradual_unfreezing', 'freezeout')])"
+        " for s in ('lisa', 'badam', 'hift', 'sweep', 'gradual_unfreezing', 'freezeout', 'half')])"
     )
     outputs = set()
     for seed in ("1", "2"):
