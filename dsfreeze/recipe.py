@@ -203,7 +203,7 @@ class AnalyzeOptions(Section):
     """What `dsfreeze analyze` measures, on how much data, and what it recommends."""
 
     scores: Texts | None = None
-    """Scores or families of scores (change, deviation, gradient, spectrum, similarity) to take; None takes all that the
+    """Scores or families of scores (change, deviation, gradient, magnitude, spectrum, similarity) to take; None takes all that the
     model and the task allow."""
     num_examples: Annotated[int, Field(ge=2)] = 64
     """Training examples to calibrate on, drawn by a hash of their content."""
@@ -229,7 +229,7 @@ class AnalyzeOptions(Section):
     ablation_examples: Annotated[int, Field(ge=2)] = 16
     """ablation: on so many of the examples, since it costs about L / 2 forward passes."""
     probe_steps: Annotated[int, Field(ge=1)] = 5
-    """change: training steps of each of the two probes."""
+    """change, gradient_norm_change: training steps of each of the two probes."""
     gate_steps: Annotated[int, Field(ge=1)] = 5
     """ila: steps of fitting the gates."""
     gate_learning_rate: Annotated[float, Field(gt=0)] = 0.5

@@ -10,6 +10,7 @@ import statistics
 from dataclasses import replace
 from fractions import Fraction
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 
 import anatomies
@@ -153,6 +154,9 @@ def test_the_category_rule(name, seed, round, masks, balanced):
         norms = trained_parts(plan, of(layer, "norm"))
         assert number(norms) == (-(-len(norms) // 2) if turned else len(norms) // 2)
         check_biases(plan, layer)
+    for mask in plan.masks:
+        assert mask.trained < anatomy.by_name[mask.tensor].numel, "what trains whole has no mask"
+        assert all(last < first for (_, last), (first, _) in pairwise(mask.rows)), "neighbouring blocks are one"
     if any(of(layer, "gate", "gate_up") for layer in anatomy.blocks):
         depth = len(anatomy.blocks)
         assert larger == (depth - depth // 2 if turned else depth // 2)

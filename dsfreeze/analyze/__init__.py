@@ -86,6 +86,12 @@ def requested(options: AnalyzeOptions) -> list[str]:
         if options.scores and set(needing) & set(options.scores):
             raise UserError(f"Score '{needing[0]}' compares with a reference model; name one in analyze.reference.")
         chosen = [name for name in chosen if name not in needing]
+    if options.probe_steps < 2:
+        if "gradient_norm_change" in (options.scores or ()):
+            raise UserError(
+                "Score 'gradient_norm_change' compares the probe's steps; write analyze.probe_steps=2 or more."
+            )
+        chosen = [name for name in chosen if name != "gradient_norm_change"]
     return [name for name in SCORES if name in chosen]
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dsfreeze.scores import change, deviation, gradient, similarity, spectrum
+from dsfreeze.scores import change, deviation, gradient, magnitude, similarity, spectrum
 from dsfreeze.scores.observations import Observations, Scores
 
-__all__ = ["FAMILIES", "SCORES", "Observations", "Score", "Scores"]
+__all__ = ["DATA_FREE", "FAMILIES", "SCORES", "Observations", "Score", "Scores"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,10 @@ SCORES: dict[str, Score] = {
     "gradient_norm_by_size": Score("gradient", "gradients", gradient.gradient_norm_by_size),
     "fisher": Score("gradient", "fisher", gradient.fisher),
     "greentrainer": Score("gradient", "gradients", gradient.greentrainer),
+    "gradient_norm_change": Score("gradient", "probe", gradient.gradient_norm_change),
     "ablation": Score("gradient", "ablation", gradient.ablation),
+    "weight_norm": Score("magnitude", "weights", magnitude.weight_norm),
+    "wanda": Score("magnitude", "inputs", magnitude.wanda),
     "snr": Score("spectrum", "spectra", spectrum.snr),
     "snr_textbook": Score("spectrum", "spectra", spectrum.snr_textbook),
     "condition_number": Score("spectrum", "spectra", spectrum.condition_number),
@@ -47,4 +50,6 @@ SCORES: dict[str, Score] = {
     "cka_reference": Score("similarity", "reference", similarity.cka_reference),
     "plasticity_reference": Score("similarity", "reference", similarity.plasticity_reference),
 }
+#: Sources that look at the weights alone: no other data would give another ranking.
+DATA_FREE = ("spectra", "weights")
 FAMILIES = tuple(dict.fromkeys(score.family for score in SCORES.values()))
