@@ -482,7 +482,7 @@ def test_the_gradients_change_is_that_of_a_hand_run(tmp_path):
     assert layers_of(found) == pytest.approx(expected, rel=1e-3)
     with pytest.raises(UserError, match="probe_steps=2"):
         analyze(with_scores(tmp_path / "one", ["gradient_norm_change"], probe_steps=1))
-    assert "gradient_norm_change" not in requested(with_scores(tmp_path / "two", ["gradient"], probe_steps=1).analyze)
+    assert "gradient_norm_change" not in requested(with_scores(tmp_path / "two", ["change"], probe_steps=1).analyze)
 
 
 # -- tables --------------------------------------------------------------------------------------------------------
