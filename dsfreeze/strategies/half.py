@@ -131,7 +131,7 @@ def _drawn(anatomy: Anatomy, layers: Sequence[Layer], options: FreezeOptions) ->
         total[group.where, group.kind] += len(group.parts)
     untouched = [] if options.level == "layer" else beside(layers)
     names, masks = assembled([*(piece for part in chosen for piece in part.pieces), *map(Piece, untouched)])
-    counts = Counter((kind, taken[where, kind], number) for (where, kind), number in total.items())
+    counts = Counter((kind, taken[where, kind], number) for (where, kind), number in total.items() if number)
     return names, masks, (_draw_told(options, turned), _counts_told(counts), *_rest_told(len(untouched), len(masks)))
 
 
@@ -185,8 +185,9 @@ def _whole_model(anatomy: Anatomy, layers: Sequence[Layer], options: FreezeOptio
     )
     number = int(kept * len(matrices))
     if options.count_by == "numel":
+        wanted = kept * sum(part.numel for part in matrices)
         sums = accumulate(part.numel for part in order.first(matrices, len(matrices)))
-        number = 1 + sum(so_far < kept * sum(part.numel for part in matrices) for so_far in sums)
+        number = 1 + sum(so_far < wanted for so_far in sums)
     yield Group("", "matrices", matrices, number)
     yield Group("", "norms", norms, int(kept * len(norms)))
 
