@@ -15,6 +15,7 @@ PIPELINES = {
     "tokens": "token-classification",
     "causal_lm": "text-generation",
     "sft": "text-generation",
+    "preference": "text-generation",
     "seq2seq": "text2text-generation",
 }
 #: Phases listed one by one; a rotating plan has hundreds.

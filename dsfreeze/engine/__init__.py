@@ -89,7 +89,7 @@ class Engine(Protocol):
         """Bytes of what `watch` copied into host memory."""
 
     def no_grad_forward(self, batch: Mapping[str, torch.Tensor], **options: Any) -> Any:
-        """The module's output in eval mode without a graph (collective at stage 3)."""
+        """The module's output, for the objective's inputs of the batch, in eval mode without a graph (collective at stage 3)."""
 
     def scan_gradients(
         self, batch: Mapping[str, torch.Tensor], names: Iterable[str], take: Callable[[str, torch.Tensor], None]
