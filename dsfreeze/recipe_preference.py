@@ -9,7 +9,7 @@ from pydantic import Field
 from dsfreeze.recipe_section import Section
 
 #: The task that reads a key of `preference:`; the others refuse it.
-PREFERENCE_KEYS = {"loss": ("preference",), "beta": ("preference",)}
+PREFERENCE_KEYS: dict[str, tuple[str, ...]] = {"loss": ("preference",), "beta": ("preference",)}
 
 
 class PreferenceOptions(Section):

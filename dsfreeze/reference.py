@@ -122,34 +122,35 @@ def _read(data: TaskData, folders: Sequence[Path], model: str | None) -> Path:
             "task preference measures against. Put the file back, or start a new run."
         )
     path = found / REFERENCE
-    try:
-        with safe_open(path, "np") as file:
-            told = file.metadata() or {}
-            for part, _, pairs in _parts(data):
-                _require_same(path, told, part, pairs, model)
-                pairs.reference = _checked(path, file.get_tensor(part), pairs)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is not a whole safetensors file: {error}. Start a new run.") from None
-    return found
-
-
-def _require_same(path: Path, told: dict[str, str], part: str, pairs: Pairs, model: str | None) -> None:
+    told, tables = _load(path)
     if told.get("format") != FORMAT:
         raise UserError(f"{path} has format {told.get('format')}; this version reads {FORMAT}. Start a new run.")
     if model is not None and told.get("model") != model:
         raise UserError(
             f"{path} is of another model ({told.get('model', '')[:12]}, this is {model[:12]}). Give the model that the run began with."
         )
-    if told.get(part) != pairs.digest:
-        raise UserError(
-            f"{path} is of other pairs than data.{part} gives now. Use the data section and the tokenizer that the run began with, or "
-            "start a new run."
-        )
+    for part, _, pairs in _parts(data):
+        if told.get(part) != pairs.digest:
+            raise UserError(
+                f"{path} is of other pairs than data.{part} gives now. Use the data section and the tokenizer that the run began with, "
+                "or start a new run."
+            )
+        pairs.reference = _checked(path, tables.get(part), len(pairs))
+    return found
 
 
-def _checked(path: Path, table: np.ndarray, pairs: Pairs) -> np.ndarray:
-    if table.shape != (len(pairs), 2) or table.dtype != np.float32 or not np.isfinite(table).all():
-        raise UserError(f"{path} is damaged: {len(pairs)} pairs have two finite numbers each. Start a new run.")
+def _load(path: Path) -> tuple[Mapping[str, str], dict[str, np.ndarray]]:
+    """What the file says of itself, and its tables."""
+    try:
+        with safe_open(path, "np") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError, TypeError) as error:  # numpy has no bf16
+        raise UserError(f"{path} is not a whole safetensors file of numbers: {error}. Start a new run.") from None
+
+
+def _checked(path: Path, table: np.ndarray | None, number: int) -> np.ndarray:
+    if table is None or table.shape != (number, 2) or table.dtype != np.float32 or not np.isfinite(table).all():
+        raise UserError(f"{path} is damaged: {number} pairs have two finite numbers each. Start a new run.")
     return table
 
 

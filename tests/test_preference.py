@@ -13,6 +13,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
 from tiny import llama_anatomy, phase_of, recipe_of, tiny_llama
 from tiny_runs import preference_data, preference_recipe
 from torch.nn import functional as F
@@ -270,6 +271,10 @@ def spoil(tmp_path: Path, how: str) -> dict[str, Any]:
     elif how == "not finite":
         tables["train"][3, 1] = np.nan
         save_file(tables, path, told)
+    elif how == "of another kind":
+        save_torch({"train": torch.zeros(21, 2, dtype=torch.bfloat16)}, path, told)
+    elif how == "of fewer pairs":
+        save_file({"train": tables["train"][:-1], "eval": tables["eval"]}, path, told)
     elif how == "of another model":
         save_file(tables, path, {**told, "model": "0" * 64})
     elif how == "of another format":
@@ -294,6 +299,8 @@ def a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("gone", r"No reference\.safetensors in .*run: the log-probabilities"),
         ("cut short", r"reference\.safetensors is not a whole safetensors file"),
         ("not finite", r"reference\.safetensors is damaged: 21 pairs have two finite numbers each"),
+        ("of another kind", r"reference\.safetensors is not a whole safetensors file of numbers"),
+        ("of fewer pairs", r"reference\.safetensors is damaged: 21 pairs"),
         ("of another model", r"reference\.safetensors is of another model \(000000000000, this is"),
         ("of another format", r"has format 2; this version reads 1"),
         ("of other pairs", r"reference\.safetensors is of other pairs than data\.train gives now"),
