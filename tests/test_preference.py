@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -15,12 +16,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 from tiny import llama_anatomy, phase_of, recipe_of, tiny_llama
-from tiny_runs import preference_data, preference_recipe
+from tiny_runs import llama_folder, preference_data, preference_recipe
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from dsfreeze.analyze import analyze
-from dsfreeze.commands import evaluate_recipe, recipe_of_run
+from dsfreeze.cli import run
+from dsfreeze.commands import evaluate_recipe
 from dsfreeze.engine.local import LocalEngine
 from dsfreeze.errors import UserError
 from dsfreeze.job import prepare_job
@@ -166,7 +168,7 @@ def figures_of(recipe: Recipe, trained: Any) -> dict[str, float]:
     }  # fmt: skip
 
 
-def test_a_run_learns_and_reports_its_rewards(tmp_path: Path) -> None:
+def test_a_run_learns_and_reports_its_rewards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: plain PyTorch on the exported model and the start model. Before the first step all rewards are zero."""
     recipe = preference_recipe(tmp_path, train={"max_steps": 12, "learning_rate": 3e-3})
     summary = train(recipe)
@@ -182,8 +184,9 @@ def test_a_run_learns_and_reports_its_rewards(tmp_path: Path) -> None:
     assert losses(tmp_path / "run")[-1] < 0.6
     assert summary["predicted"]["batch"][0] == 8, "four pairs are eight sequences"
 
-    again = evaluate_recipe(recipe_of_run(tmp_path / "run"), tmp_path / "run")
-    assert again == pytest.approx(after, abs=1e-5)
+    capsys.readouterr()
+    assert run(["evaluate", str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"] == pytest.approx(after, abs=1e-5)
     with pytest.raises(UserError, match=r"evaluated against the model that a run began with\. Name the run"):
         evaluate_recipe(recipe)
 
@@ -210,13 +213,17 @@ def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return passes
 
 
-@pytest.mark.parametrize("freeze", [{}, {"adapter": {"kind": "lora", "r": 2}}], ids=["bottom", "lora"])
-def test_the_reference_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, freeze: Any) -> None:
-    """Oracle: plain PyTorch with the start model, a sequence at a time; passes are counted. A resumed run measures nothing, and goes on
-    as the uninterrupted one did."""
+@pytest.mark.parametrize("case", ["bottom", "lora", "dropout"])
+def test_the_reference_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Oracle: plain PyTorch with the start model and no dropout, a sequence at a time; passes are counted. A resumed run measures
+    nothing, and goes on as the uninterrupted one did."""
+    dropout = {"name": str(llama_folder(tmp_path / "model")), "dropout": 0.3}
+    changes = {"bottom": {}, "lora": {"freeze": {"adapter": {"kind": "lora", "r": 2}}}, "dropout": {"model": dropout}}[
+        case
+    ]
     passes = count_passes(monkeypatch)
     options = {"save_strategy": "steps", "save_steps": 3, "export": False, "eval_strategy": "no"}
-    whole = preference_recipe(tmp_path, freeze=freeze, train=options)
+    whole = preference_recipe(tmp_path, **changes, train=options)
     train(whole)
     assert sum(passes) == 2 * (21 + 7)
     stored = load_file(tmp_path / "run/reference.safetensors")
@@ -233,7 +240,7 @@ def test_the_reference_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monk
         "resume_from_checkpoint": str(tmp_path / "run/checkpoint-3"),
         "output_dir": str(tmp_path / "again"),
     }
-    train(preference_recipe(tmp_path, freeze=freeze, train=resume))
+    train(preference_recipe(tmp_path, **changes, train=resume))
     assert passes == []
     assert losses(tmp_path / "again") == losses(tmp_path / "run")[3:]
     carried = load_file(tmp_path / "again/reference.safetensors")
