@@ -94,7 +94,7 @@ class Engine(Protocol):
     def scan_gradients(
         self, batch: Mapping[str, torch.Tensor], names: Iterable[str], take: Callable[[str, torch.Tensor], None]
     ) -> float:
-        """Backward of the model's own mean loss over this rank's batch, before a phase is entered: `take(name, gradient)` gets
+        """Backward of the objective's mean loss over this rank's batch, before a phase is entered: `take(name, gradient)` gets
         each named tensor's whole gradient as the pass reaches it, and none is kept. Returns the loss (collective at stage 3)."""
 
     def read_weight(self, name: str) -> torch.Tensor:
