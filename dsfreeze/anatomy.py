@@ -35,6 +35,8 @@ ENCODER_PREFIXES = {"bert": "bert", "modernbert": "model"}
 DENSE_HEADS = ("modernbert",)
 #: Decoders of which transformers has no token classifier.
 NO_TOKEN_HEADS = ("gemma3_text", "olmo2")
+#: Tasks of a decoder's language model.
+LANGUAGE_TASKS = ("causal_lm", "sft", "preference")
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ class Anatomy:
         `classifier`; `num_labels` None means 2. UserError when the model cannot do the task.
         """
         is_decoder = any("lm_head.weight" in (t.name, *t.aliases) for t in self.tensors)
-        if is_decoder and task in ("causal_lm", "sft"):
+        if is_decoder and head_task(task) == "causal_lm":
             return self
         able = self._tasks(is_decoder)
         if task not in able:
@@ -239,7 +241,7 @@ class Anatomy:
     def _tasks(self, is_decoder: bool) -> tuple[str, ...]:
         able = ("classification", "tokens") if is_decoder or self.model_type in ENCODER_PREFIXES else ()
         kept = [task for task in able if task == "classification" or self.model_type not in NO_TOKEN_HEADS]
-        return (*kept, *(("causal_lm", "sft") if is_decoder else ()))
+        return (*kept, *(LANGUAGE_TASKS if is_decoder else ()))
 
     def with_labels(self, num_labels: int) -> Anatomy:
         """A two-label classifier's anatomy for `num_labels`: what has two rows in its head gets as many."""
@@ -289,6 +291,11 @@ class Anatomy:
             raise UserError(
                 f"Not an anatomy: {error}. Write one with `dsfreeze plan model=... --anatomy FILE`."
             ) from None
+
+
+def head_task(task: str) -> str:
+    """The task whose head a task's model has: chats and preferences take the language model's."""
+    return "causal_lm" if task in LANGUAGE_TASKS else task
 
 
 def _without_lm_head(anatomy: Anatomy) -> tuple[Layer, ...]:

@@ -211,7 +211,7 @@ def _plan_picture(recipe: Recipe, world_size: int, as_json: bool) -> int:
     from dsfreeze.estimate import estimate
     from dsfreeze.picture import draw, plan_as_dict
     from dsfreeze.planner.caching import cache_as_dict, cache_line, cache_of_run
-    from dsfreeze.setting import setting_of
+    from dsfreeze.setting import setting_of, workload_of
     from dsfreeze.strategies import make_plan
 
     anatomy, notes = _anatomy(recipe)
@@ -232,7 +232,7 @@ def _plan_picture(recipe: Recipe, world_size: int, as_json: bool) -> int:
     if price is not None:
         from dsfreeze.planner.tables import peak_line
 
-        _show(peak_line(price, recipe.train.per_device_train_batch_size))
+        _show(peak_line(price, workload_of(recipe).micro_batch_size))
     if cache is not None:
         _show(cache_line(cache, device, recipe.freeze.prefix_cache))
     return 0
@@ -240,12 +240,13 @@ def _plan_picture(recipe: Recipe, world_size: int, as_json: bool) -> int:
 
 def _known_price(recipe: Recipe, world_size: int) -> Any:
     """The whole price where what the model's passes store is at hand; else None, for reading it would take a while."""
+    from dsfreeze.anatomy import head_task
     from dsfreeze.planner.request import price_of_run
     from dsfreeze.shapes import known_activations
 
     known = known_activations(recipe.model.name)
     ends = {task for profile in known.profiles.values() for task in profile.ends} if known else set()
-    if ("causal_lm" if recipe.task == "sft" else recipe.task) not in ends:
+    if head_task(recipe.task) not in ends:
         return None
     return price_of_run(_anatomy, recipe, world_size, recipe.data.max_length)
 
@@ -369,7 +370,7 @@ def evaluate(words: Words = None, as_json: AsJson = False) -> int:
     folder = next((word for word in words or () if os.path.isdir(word)), None)
     rest = [word for word in words or () if word != folder]
     recipe = recipe_of_run(Path(folder), rest) if folder else read_words(rest)
-    metrics = evaluate_recipe(recipe)
+    metrics = evaluate_recipe(recipe, Path(folder) if folder else None)
     if as_json:
         _print_json({"model": recipe.model.name, "metrics": metrics})
     else:

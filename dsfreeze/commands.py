@@ -20,11 +20,13 @@ from dsfreeze.export import export_delta, export_model, fill_delta, require_writ
 from dsfreeze.job import load_task, prepare_evicted, prepare_job
 from dsfreeze.model import read_anatomy
 from dsfreeze.model_card import public_name
+from dsfreeze.objectives import objective_of
 from dsfreeze.prefix.cache import PrefixCache
 from dsfreeze.prefix.eviction import CACHE
 from dsfreeze.recipe import ModelOptions, Recipe, TrainOptions
 from dsfreeze.recipe_reader import load_recipe
 from dsfreeze.record import MODEL, RECIPE
+from dsfreeze.reference import reference_of_run
 
 
 def recipe_of_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -48,14 +50,17 @@ def _how_to_export(run: Path) -> str:
     return "It has no checkpoint to write one from either: train again, with train.export=true."
 
 
-def evaluate_recipe(recipe: Recipe) -> dict[str, float]:
-    """Metrics of the recipe's model on its evaluation data; several ranks hold the whole model each, and share the data."""
+def evaluate_recipe(recipe: Recipe, run: Path | None = None) -> dict[str, float]:
+    """Metrics of the recipe's model on its evaluation data; several ranks hold the whole model each, and share the data. `run`: the
+    folder whose model it is, which a preference's reference is in."""
     with process_group(recipe) if read_ranks().world_size > 1 else nullcontext():
         agree(recipe.digest, "the recipe")
         _, data, module = together(lambda: load_task(recipe))
         if data.eval is None:
             raise UserError("The recipe has no evaluation data; name some in data.eval.")
+        together(lambda: reference_of_run(data, run))
         engine = evaluation_engine(module, read_anatomy(module, recipe.model.name), recipe)
+        engine.objective = objective_of(recipe)
         return evaluate(engine, data, recipe)
 
 

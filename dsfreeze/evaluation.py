@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from dsfreeze import metrics
 from dsfreeze.data.examples import IGNORED, Batch, TaskData, pad_id, pad_inputs
 from dsfreeze.errors import UserError
+from dsfreeze.objectives.preference import Preference
 from dsfreeze.progress import Watch
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ def losses_of(engine: Engine, task_data: TaskData, batch: Batch) -> list[float]:
 
 def _judge(engine: Engine, task_data: TaskData, batch: Batch) -> list[Judged]:
     """One forward pass; the logits are judged example by example, on the device, in fp32."""
+    if isinstance(engine.objective, Preference):
+        return _judge_pairs(engine, engine.objective, batch)
     judge = _judge_number if task_data.num_labels == 1 else _JUDGES[task_data.task]
     labels = batch["labels"]
     if (
@@ -106,6 +109,13 @@ def _judge(engine: Engine, task_data: TaskData, batch: Batch) -> list[Judged]:
         batch = {key: value for key, value in batch.items() if key != "labels"}
     logits = engine.no_grad_forward(batch).logits.detach()
     return [judge(row.float(), label.to(row.device)) for row, label in zip(logits, labels, strict=True)]
+
+
+def _judge_pairs(engine: Engine, objective: Preference, batch: Batch) -> list[Judged]:
+    """Each pair's loss, and the rewards of its chosen and its rejected answer."""
+    losses, ratios = objective.losses_and_ratios(engine.no_grad_forward(batch), batch)
+    rewards = (objective.beta * ratios).tolist()
+    return [(loss, 1, *pair) for loss, pair in zip(losses.tolist(), rewards, strict=True)]
 
 
 def _judge_class(logits: torch.Tensor, label: torch.Tensor) -> Judged:

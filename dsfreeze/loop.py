@@ -32,13 +32,14 @@ from dsfreeze.evaluation import evaluate
 from dsfreeze.interrupt import Interrupt, Interrupted
 from dsfreeze.job import Job, prepare_job
 from dsfreeze.journal import Journal
-from dsfreeze.objectives import Term
+from dsfreeze.objectives import Term, objective_of
 from dsfreeze.phases import Phases
 from dsfreeze.prediction import predict, sentence
 from dsfreeze.prefix.ahead import ReadAhead, Ready
 from dsfreeze.prefix.cache import PrefixCache
-from dsfreeze.progress import StepBar
+from dsfreeze.progress import StepBar, watched
 from dsfreeze.recipe import Recipe
+from dsfreeze.reference import measure_reference, recall_reference
 from dsfreeze.saving import find_start, save_checkpoint, save_model
 from dsfreeze.schedule import learning_rate_schedule, rates_at
 from dsfreeze.trackers import require_trackers
@@ -92,11 +93,14 @@ class Run:
         resumed = find_start(self.job, self.total, self.loader.global_batch_size)
         if resumed and self.job.plan.decide_at is not None:
             self.job.plan = resumed.plan  # an adaptive plan, as far as it has been decided
+        if resumed:
+            recall_reference(self.job, resumed)
         engine: Engine | None = None
         try:
             if self.job.eviction is not None:
                 self.prefix.prefill()
             engine = build_engine(self.job.module, self.job.held, self.job.recipe, self.job.plan)
+            engine.objective = objective_of(self.job.recipe)
             self.phases.start(engine, resumed.step if resumed else 0)
             if self.job.recipe.data.packing:
                 check_packing(engine.no_grad_forward, self.job.module.config.vocab_size)
@@ -128,6 +132,7 @@ class Run:
         with Interrupt() as interrupt:
             self.prefix.enter(engine, self.phases.phase_at(self.step), self.step)
             if self.step == 0:
+                self._measure_reference(engine)
                 self._evaluate(engine, "before")
             self.before = engine.memory(reset_peak=True)
             with StepBar(self.console, self.total, self.step, self.options.logging_steps, shown=self.leader) as bar:
@@ -194,6 +199,11 @@ class Run:
             self._evaluate(engine, f"step {step}")
         if (o.save_strategy == "steps" and step % o.save_steps == 0) or (o.save_strategy == "epoch" and epoch_ended):
             self._save(engine)
+
+    def _measure_reference(self, engine: Engine) -> None:
+        rows = {"train": self.prefix.train, "eval": self.prefix.eval}
+        arounds = {part: partial(self.prefix.around, engine, of, counts=False) for part, of in rows.items()}
+        measure_reference(engine, self.job, arounds, watched(self.console, "measuring the reference"))
 
     def _evaluate(self, engine: Engine, when: str) -> None:
         if self.job.data.eval is None or self.options.eval_strategy == "no":

@@ -26,7 +26,8 @@ class Outcome:
 
     loss           mean of the model's own loss per item, in nats (squared error for a regression)
     labels         class names, for classes and tags
-    truth, guess   one class index, number, list of tag indices, or text per example
+    truth, guess   one class index, number, list of tag indices, or text per example; the rewards of a pair's chosen and
+                   rejected answer
     """
 
     loss: float
@@ -163,7 +164,25 @@ def _matches(text: str, reference: str) -> bool:
     return text.strip() == reference.strip() if wanted is None else final_answer(text) == wanted
 
 
-CLASSES, NUMBER, TAGS, TEXT, ANSWERS = "classes", "number", "tags", "text", "answers"
+def reward_accuracy(outcome: Outcome) -> Numbers:
+    """Share of the pairs whose chosen answer has the higher reward; equal ones, as before the first step, do not count."""
+    right = sum(chosen > rejected for chosen, rejected in zip(outcome.truth, outcome.guess, strict=True))
+    return {"reward_accuracy": right / max(len(outcome.truth), 1)}
+
+
+def reward_margin(outcome: Outcome) -> Numbers:
+    """Mean of the chosen answer's reward minus the rejected one's."""
+    margins = (chosen - rejected for chosen, rejected in zip(outcome.truth, outcome.guess, strict=True))
+    return {"reward_margin": math.fsum(margins) / max(len(outcome.truth), 1)}
+
+
+def rewards(outcome: Outcome) -> Numbers:
+    """Mean reward of the chosen answers, and of the rejected ones."""
+    pairs = {"reward_chosen": outcome.truth, "reward_rejected": outcome.guess}
+    return {name: math.fsum(values) / max(len(values), 1) for name, values in pairs.items()}
+
+
+CLASSES, NUMBER, TAGS, TEXT, ANSWERS, PAIRS = "classes", "number", "tags", "text", "answers", "pairs"
 
 METRICS = {
     "accuracy": Metric(accuracy, (CLASSES, TAGS)),
@@ -177,6 +196,9 @@ METRICS = {
     "rouge": Metric(rouge, (ANSWERS,), generates=True),
     "bleu": Metric(bleu, (ANSWERS,), generates=True),
     "exact_match": Metric(exact_match, (ANSWERS,), generates=True),
+    "reward_accuracy": Metric(reward_accuracy, (PAIRS,)),
+    "reward_margin": Metric(reward_margin, (PAIRS,)),
+    "rewards": Metric(rewards, (PAIRS,)),
 }
 
 DEFAULTS = {
@@ -184,15 +206,16 @@ DEFAULTS = {
     NUMBER: ("pearson", "spearman"),
     TAGS: ("entity_f1", "accuracy"),
     TEXT: ("perplexity",),
+    PAIRS: ("reward_accuracy", "reward_margin", "rewards"),
     ANSWERS: ("perplexity",),  # generation takes long: name bleu, rouge or exact_match to have it
 }
 
 
 def kind_of(task: str, num_labels: int | None) -> str:
-    """What a task's predictions are: classes, number, tags, text (no prompt and answer) or answers."""
+    """What a task's predictions are: classes, number, tags, text (no prompt and answer), pairs of answers, or answers."""
     if task == "classification":
         return NUMBER if num_labels == 1 else CLASSES
-    return {"tokens": TAGS, "causal_lm": TEXT}.get(task, ANSWERS)
+    return {"tokens": TAGS, "causal_lm": TEXT, "preference": PAIRS}.get(task, ANSWERS)
 
 
 def choose(task_data: TaskData, named: Sequence[str] | None) -> tuple[str, ...]:

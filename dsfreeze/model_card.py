@@ -15,6 +15,7 @@ PIPELINES = {
     "tokens": "token-classification",
     "causal_lm": "text-generation",
     "sft": "text-generation",
+    "preference": "text-generation",
     "seq2seq": "text2text-generation",
 }
 #: Phases listed one by one; a rotating plan has hundreds.
@@ -105,6 +106,8 @@ def _training(recipe: Recipe) -> Iterator[str]:
         "seed": t.seed,
         "freeze": json.dumps(recipe.freeze.model_dump(mode="json", exclude_defaults=True, exclude={"scores"})),
     }
+    if recipe.task == "preference":
+        options["preference"] = f"{recipe.preference.loss} loss, beta {recipe.preference.beta:g}"
     yield from (f"- {name}: {value}" for name, value in options.items())
     yield ""
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dsfreeze.recipe_freeze import FREEZE_KEYS, SCORES_FORM, AdapterOptions, FreezeOptions, Strategy
-from dsfreeze.recipe_preference import PreferenceOptions
+from dsfreeze.recipe_preference import PREFERENCE_KEYS, PreferenceOptions
 from dsfreeze.recipe_retain import RetainOptions
 from dsfreeze.recipe_section import Limits, Section, Seed, Texts, checked_limits, refuse_unread
 
@@ -23,8 +23,8 @@ __all__ = [
 ]  # fmt: skip
 
 OPTIMIZERS = ("adamw_torch",)
-TASKS = ("classification", "tokens", "causal_lm", "sft", "seq2seq")
-Task = Literal["classification", "tokens", "causal_lm", "sft", "seq2seq"]
+TASKS = ("classification", "tokens", "causal_lm", "sft", "seq2seq", "preference")
+Task = Literal["classification", "tokens", "causal_lm", "sft", "seq2seq", "preference"]
 
 #: The tasks that read a key of `data:`; the others refuse it.
 DATA_KEYS: dict[str, tuple[str, ...]] = {
@@ -65,7 +65,8 @@ class DataOptions(Section):
     eval_split: str = "validation"
     """Split of a hub dataset or folder to evaluate on."""
     text: Texts | None = None
-    """Text column(s): one, or a pair for sentence pairs; source and target for seq2seq."""
+    """Text column(s): one, or a pair for sentence pairs; source and target for seq2seq; the prompt for preference, whose
+    answers are in `chosen` and `rejected`."""
     label: str | None = None
     """Label column (classification), tag column (tokens)."""
     labels: Texts | None = None
@@ -79,7 +80,7 @@ class DataOptions(Section):
     packing: bool = False
     """sft: several examples a sequence, each attending to itself alone; causal_lm always fills its sequences."""
     max_length: Annotated[int, Field(ge=2)] = 512
-    """Longest sequence, in tokens; longer ones are cut (from the right)."""
+    """Longest sequence, in tokens; longer ones are cut (from the right). A preference pair is two of them."""
     max_train_examples: Annotated[int, Field(ge=1)] | None = None
     """Train on a seeded sample of this many examples."""
     max_eval_examples: Annotated[int, Field(ge=1)] | None = None
@@ -88,7 +89,7 @@ class DataOptions(Section):
     """seq2seq: text before every source ("translate English to German: ")."""
     metrics: Texts | None = None
     """Evaluation metrics; None takes the task's own. Of: accuracy, f1, f1_macro, matthews, pearson, spearman,
-    entity_f1, perplexity, rouge, bleu, exact_match."""
+    entity_f1, perplexity, rouge, bleu, exact_match, reward_accuracy, reward_margin, rewards."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
     """Longest generated answer, for metrics that generate (rouge, bleu, exact_match)."""
 
@@ -258,7 +259,7 @@ class Recipe(Section):
     """The model: a name, or a section with `name` and options."""
     task: Task = "classification"
     """What is learnt: classification of sequences (or a regression), token tags, plain text, chats and instructions,
-    source to target."""
+    source to target, which of two answers is preferred."""
     data: DataOptions = DataOptions()
     """The examples."""
     freeze: FreezeOptions = FreezeOptions()
@@ -287,4 +288,5 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _agree(self) -> Recipe:
         refuse_unread(self.data, DATA_KEYS, "task", self.task, inside="data")
+        refuse_unread(self.preference, PREFERENCE_KEYS, "task", self.task, inside="preference")
         return self

@@ -194,7 +194,7 @@ def test_galore_is_refused_with_the_optimizers_that_work_and_why(written):
         ("model: 5", [], ["model: is 5; it is a section with the keys name"]),
         ("", [], ["recipe.yaml: model: is missing"]),
         ("model: a\ntrain.max_steps: 3", [], [":2: train.max_steps: dots join", "write max_steps under train:"]),
-        ("model: a\ntask: preference", [], ["is 'preference'.", "Valid: classification, tokens, causal_lm, sft"]),
+        ("model: a\ntask: preferences", [], ["is 'preferences'.", "Valid: classification, tokens, causal_lm, sft"]),
         ("model: a\ntrain: {learning_rate: .inf}", [], ["train.learning_rate: is inf; it takes a number above 0"]),
         ("model: a\ntrain: {max_steps: 0}", [], ["max_steps: is 0; write a positive number of steps, or -1"]),
         ("model: a\ntrain: {seed: -1}", [], ["train.seed: is -1; it takes a whole number from 0"]),

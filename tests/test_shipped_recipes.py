@@ -18,7 +18,7 @@ SHORT = (
 #: What the evaluation of each must hold.
 METRICS = {
     "rte": "accuracy", "conll2003": "entity_f1", "gsm8k": "exact_match", "wikitext2": "perplexity", "multi30k": "bleu",
-    "lora": "accuracy", "lisa": "accuracy",
+    "lora": "accuracy", "lisa": "accuracy", "dpo": "reward_accuracy",
 }  # fmt: skip
 
 

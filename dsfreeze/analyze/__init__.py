@@ -44,6 +44,7 @@ FORMAT_VERSION = 1
 def analyze(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     """Measure, write analyze.output_dir, and return what scores.json holds, on every rank; UserError for a user's mistake."""
     console = console or Console(stderr=True)
+    _require_own_loss(recipe)
     names = requested(recipe.analyze)
     recipe = _still(recipe)
     with process_group(recipe) as ranks:
@@ -93,6 +94,15 @@ def requested(options: AnalyzeOptions) -> list[str]:
             )
         chosen = [name for name in chosen if name != "gradient_norm_change"]
     return [name for name in SCORES if name in chosen]
+
+
+def _require_own_loss(recipe: Recipe) -> None:
+    """UserError for a task whose loss is not the model's own, which gradients and transitions are taken of."""
+    if recipe.task == "preference":
+        raise UserError(
+            "An analysis measures by the model's own loss, and task preference compares two answers. Analyze with task=sft on the chosen "
+            "ones (of texts, data.text=[prompt,chosen]); freeze.scores takes its scores.json in a preference run."
+        )
 
 
 def _still(recipe: Recipe) -> Recipe:

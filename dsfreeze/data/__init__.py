@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsfreeze import metrics
-from dsfreeze.data import causal_lm, classification, seq2seq, sft, sources, tokens
+from dsfreeze.data import causal_lm, classification, preference, seq2seq, sft, sources, tokens
 from dsfreeze.data.examples import Batch, Example, Examples, Prompts, TaskData
 from dsfreeze.data.loader import Loader, Step, num_steps_of
 from dsfreeze.data.packing import check_packing
@@ -42,6 +42,7 @@ TASKS = {
     "causal_lm": causal_lm.prepare,
     "sft": sft.prepare,
     "seq2seq": seq2seq.prepare,
+    "preference": preference.prepare,
 }
 
 

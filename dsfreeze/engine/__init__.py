@@ -89,12 +89,12 @@ class Engine(Protocol):
         """Bytes of what `watch` copied into host memory."""
 
     def no_grad_forward(self, batch: Mapping[str, torch.Tensor], **options: Any) -> Any:
-        """The module's output in eval mode without a graph (collective at stage 3)."""
+        """The module's output, for the objective's inputs of the batch, in eval mode without a graph (collective at stage 3)."""
 
     def scan_gradients(
         self, batch: Mapping[str, torch.Tensor], names: Iterable[str], take: Callable[[str, torch.Tensor], None]
     ) -> float:
-        """Backward of the model's own mean loss over this rank's batch, before a phase is entered: `take(name, gradient)` gets
+        """Backward of the objective's mean loss over this rank's batch, before a phase is entered: `take(name, gradient)` gets
         each named tensor's whole gradient as the pass reaches it, and none is kept. Returns the loss (collective at stage 3)."""
 
     def read_weight(self, name: str) -> torch.Tensor:

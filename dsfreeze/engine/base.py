@@ -205,12 +205,14 @@ class BaseEngine(ABC):
     @torch.no_grad()
     def no_grad_forward(self, batch: Mapping[str, torch.Tensor], **options: Any) -> Any:
         self.module.eval()
-        return self.module(**self._move(batch), **self._forward_options, **options)
+        return self.module(**self._move(self.objective.inputs(batch)), **self._forward_options, **options)
 
     def scan_gradients(self, batch: Mapping[str, torch.Tensor], names: Iterable[str], take: Take) -> float:
         assert self._modes is None, "scan before a phase is entered"
         with streamed_gradients(self.module, self.anatomy, names, take):
-            loss = self.module(**self._move(batch), **self._forward_options).loss
+            batch = self._move(batch)
+            loss = self.objective.loss(self.module(**self.objective.inputs(batch), **self._forward_options), batch)
+            assert loss is not None, "the batch has labels"
             loss.backward()
         return float(loss.detach())
 

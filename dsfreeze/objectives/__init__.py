@@ -13,6 +13,7 @@ import torch
 
 if TYPE_CHECKING:
     from dsfreeze.engine import Engine
+    from dsfreeze.recipe import Recipe
 
 
 class Objective:
@@ -25,6 +26,15 @@ class Objective:
     def loss(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """Scalar: the mean over the batch's items (`TaskData.num_items`); None where the batch has no labels."""
         return outputs.loss
+
+
+def objective_of(recipe: Recipe) -> Objective:
+    """What the recipe's task minimises."""
+    if recipe.task != "preference":
+        return Objective()
+    from dsfreeze.objectives.preference import Preference
+
+    return Preference(recipe.preference.loss, recipe.preference.beta)
 
 
 class Term(Protocol):
