@@ -97,7 +97,9 @@ def reset(
             return values[0]
         return torch.where(masks[name].whole(), values[1], values[0]) if name in masks else values[1]
 
-    return _merge([start, end], out, partly, {"how": "reset", "tensors": sorted(chosen), "masked": sorted(masks), **told})
+    return _merge(
+        [start, end], out, partly, {"how": "reset", "tensors": sorted(chosen), "masked": sorted(masks), **told}
+    )
 
 
 def reset_frozen(start: Path, end: Path, recipe: Recipe, out: Path) -> Path:
@@ -129,7 +131,9 @@ def _mixed(name: str, values: Sequence[torch.Tensor], shares: Sequence[float]) -
     if all(torch.equal(first, other) for other in values[1:]):
         return first
     if first.dtype not in FLOATS:
-        raise UserError(f"'{name}' has {first.dtype} and differs between the models: there is nothing between its values.")
+        raise UserError(
+            f"'{name}' has {first.dtype} and differs between the models: there is nothing between its values."
+        )
     wide = torch.float32 if first.itemsize == 2 else torch.float64
     total = torch.zeros(first.shape, dtype=wide)
     for value, share in zip(values, shares, strict=True):
@@ -152,7 +156,9 @@ class _Model:
     def read(cls, folder: Path) -> _Model:
         """UserError unless the folder is a model's, with weights in safetensors."""
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} is no model folder: it has no config.json. A run's exported model is in RUN/model.")
+            raise UserError(
+                f"{folder} is no model folder: it has no config.json. A run's exported model is in RUN/model."
+            )
         names: dict[str, tuple[str, tuple[int, ...], str]] = {}
         for file in _files(folder):
             with _opened(folder / file) as content:
@@ -221,7 +227,9 @@ def _merge(folders: Sequence[Path], out: Path, rule: Rule, told: Mapping[str, An
         for file in _files(folder):
             _rewrite(folder / file, aside / file, lambda name: rule(name, values_of(name)))
         _copy_rest(folder, aside)
-        members = [{"folder": m.folder.name, "sha256": {f: sha256_of(m.folder / f) for f in _files(m.folder)}} for m in models]
+        members = [
+            {"folder": m.folder.name, "sha256": {f: sha256_of(m.folder / f) for f in _files(m.folder)}} for m in models
+        ]
         (aside / MERGED).write_text(json.dumps({**told, "members": members}, indent=1), encoding="utf-8")
     return out
 

@@ -8,17 +8,18 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tiny import examples, llama_anatomy, phase_of, recipe_of, tiny_llama, train_steps
+from tiny import examples, llama_anatomy, recipe_of, tiny_llama, train_steps
 
 from dsfreeze.engine.local import LocalEngine
 from dsfreeze.engine.masks import make_masks
 from dsfreeze.plan import FreezePlan, Mask, Phase
 
 ANATOMY = llama_anatomy(tiny_llama())
-#: layers that train for three steps each; the masked tensors of layers.2 leave and come back
-SETS = [["layers.2", "layers.3", "norm", "head"], ["layers.0", "layers.3"], ["layers.2", "head"]]
+#: what trains for three steps each: layers, and parts of them. layers.2's attention leaves and comes back, its MLP goes on, so that
+#: in the end their step counts differ; layers.3 leaves, the head leaves and comes back
+SETS = [["layers.2.", "layers.3.", "model.norm", "lm_head"], ["layers.0.", "layers.2.mlp"], ["layers.2.", "lm_head"]]
 STEPS = 9
-UP, DOWN, Q, O = (
+UP, DOWN, Q, OUT = (
     f"model.layers.2.{name}.weight" for name in ("mlp.up_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.o_proj")
 )
 LOWER, NORM, HEAD = "model.layers.0.mlp.gate_proj.weight", "model.norm.weight", "lm_head.weight"
@@ -29,8 +30,8 @@ TRAIN = {"weight_decay": 0.1, "max_grad_norm": 0.3, "adam_epsilon": 1e-2}
 def written(file: Path) -> dict[str, torch.Tensor]:
     """Masks in a file, one of bool and one of uint8."""
     generator = torch.Generator().manual_seed(3)
-    draw = {name: torch.rand(ANATOMY.by_name[name].shape, generator=generator) for name in (DOWN, O)}
-    masks = {DOWN: draw[DOWN] < 0.7, O: (draw[O] < 0.2).to(torch.uint8)}
+    draw = {name: torch.rand(ANATOMY.by_name[name].shape, generator=generator) for name in (DOWN, OUT)}
+    masks = {DOWN: draw[DOWN] < 0.7, OUT: (draw[OUT] < 0.2).to(torch.uint8)}
     save_file(masks, file)
     return masks
 
@@ -47,7 +48,10 @@ def masked_plan(folder: Path, **rule) -> FreezePlan:
         *(Mask(n, math.floor(s * numel[n]), share=s, seed=7) for n, s in shares.items()),
         *(Mask(n, int(m.sum()), file=str(file), sha256=sha) for n, m in masks.items()),
     )
-    phases = tuple(Phase(3 * n, 3, phase_of(ANATOMY, chosen).trainable) for n, chosen in enumerate(SETS))
+    phases = tuple(
+        Phase(3 * n, 3, tuple(t.name for t in ANATOMY.tensors if any(part in t.name for part in parts)))
+        for n, parts in enumerate(SETS)
+    )
     return FreezePlan("made", phases, masks=made, **rule)
 
 

@@ -256,7 +256,7 @@ def test_state_comes_back_at_any_step(tmp_path, bf16):
 
 
 def test_movement_looks_at_each_half_of_a_masked_tensor(tmp_path):
-    """Oracle: one held element is changed by hand, and the trained ones of another tensor put back."""
+    """Oracle: held elements of two tensors are changed by hand, and the trained ones of one of them put back."""
     plan = masked_plan(tmp_path)
     engine = local(plan)
     named = dict(engine.module.named_parameters())
@@ -264,8 +264,9 @@ def test_movement_looks_at_each_half_of_a_masked_tensor(tmp_path):
     engine.enter(plan.phases[0])
     train_steps(engine, 0, 2)
     named[Q].data[10, 3] += 1e-6  # between the blocks of rows
-    named[UP].data.copy_(before[UP])
-    assert engine.movement().frozen_changed == (Q,)
+    held = ~make_masks(plan, ANATOMY)[UP].whole()
+    named[UP].data.copy_(before[UP] + 1e-6 * held)
+    assert engine.movement().frozen_changed == (Q, UP)
     assert engine.movement().never_moved == (UP,)
     assert engine.movement(frozen=False).frozen_changed == ()
     with pytest.raises(AssertionError, match=r"frozen tensors changed.*q_proj"):
@@ -353,5 +354,3 @@ def test_another_mask_is_another_plan(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(UserError, match="plan"):
         train(masked_run(tmp_path, monkeypatch, seed=4, resume_from_checkpoint=True))
-
-

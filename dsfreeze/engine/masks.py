@@ -78,7 +78,9 @@ def make_masks(plan: FreezePlan, anatomy: Anatomy) -> dict[str, Bits]:
     made = {}
     for mask in plan.masks:
         tensor = anatomy.by_name[mask.tensor]
-        bits = files[tensor.name] if mask.file is not None else _rows(mask, tensor) if mask.rows else _share(mask, tensor)
+        bits = (
+            files[tensor.name] if mask.file is not None else _rows(mask, tensor) if mask.rows else _share(mask, tensor)
+        )
         if bits.count != mask.trained:
             raise UserError(
                 f"The mask of '{mask.tensor}' trains {bits.count} elements, and the plan says {mask.trained}. Make the plan "
@@ -101,7 +103,9 @@ def _require_possible(mask: Mask, plan: FreezePlan, anatomy: Anatomy) -> None:
         hint = f" '{first.name}' is the same tensor; name that." if first else did_you_mean(name, own)
         raise UserError(f"{where} is of a tensor that the model lacks.{hint}")
     if name not in plan.ever_trained:
-        raise UserError(f"{where} says what trains of it, and the plan never trains it. Leave out the mask, or train it.")
+        raise UserError(
+            f"{where} says what trains of it, and the plan never trains it. Leave out the mask, or train it."
+        )
     ways = [way for way, given in (("rows", mask.rows), ("share", mask.share), ("file", mask.file)) if given]
     if len(ways) != 1:
         told = " and ".join(ways) or "nothing"
@@ -191,13 +195,17 @@ def _read_files(masks: Iterable[Mask], anatomy: Anatomy) -> dict[str, Bits]:
         try:
             read |= _read(Path(file), digest, [anatomy.by_name[name] for name in names])
         except (OSError, SafetensorError) as error:
-            raise UserError(f"The masks in {file} cannot be read: {error}. Give a safetensors file of booleans.") from None
+            raise UserError(
+                f"The masks in {file} cannot be read: {error}. Give a safetensors file of booleans."
+            ) from None
     return read
 
 
 def _read(file: Path, digest: str | None, tensors: Iterable[Tensor]) -> Mapping[str, Bits]:
     if sha256_of(file) != digest:
-        raise UserError(f"The masks in {file} are not those that the plan was made with. Put that file back, or plan again.")
+        raise UserError(
+            f"The masks in {file} are not those that the plan was made with. Put that file back, or plan again."
+        )
     read = {}
     with safe_open(file, framework="pt") as content:
         for tensor in tensors:
