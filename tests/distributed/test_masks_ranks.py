@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from zero_kit import SHARDED
 from dsfreeze.engine.masks import make_masks
 from dsfreeze.engine.process import build_engine, process_group
 from dsfreeze.engine.zero import ZeroEngine
+from dsfreeze.errors import UserError
 
 #: by stage: layouts that one fork trains on, with the state rule of each
 STAGES = {
@@ -101,7 +103,16 @@ def test_every_stage_equals_a_plain_loop(stage, tmp_path):
 
 
 def drawn_here(plan):
+    """This rank's masks; and an engine whose steps are not known to be one torch optimizer's is refused with them alone."""
     with process_group(recipe_of()):
+        recipe = recipe_of("zero1")
+        config = config_of(recipe, dist.get_world_size())
+        config |= {"bf16": {"enabled": False}, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+        for masks in (make_masks(plan, ANATOMY), None):
+            engine = ZeroEngine(tiny_llama(), ANATOMY, recipe, config, masks=masks)
+            with pytest.raises(UserError, match=r"torch_autocast.*masks of elements") if masks else nullcontext():
+                engine.enter(plan.phases[0])
+            engine.close()
         return {name: bits.packed.numpy().tobytes() for name, bits in make_masks(plan, ANATOMY).items()}
 
 
@@ -119,7 +130,8 @@ def build_without(plan, spoil):
 
 
 def test_ranks_draw_the_same_and_a_bad_file_is_everybody_s_error(tmp_path):
-    """Oracles: one process; UserError on both ranks, where one of them alone lacks the file or has another."""
+    """Oracles: one process; UserError on both ranks, where one of them alone lacks the file or has another; and of an engine whose
+    steps cannot be followed."""
     plan = masked_plan(tmp_path)
     wanted = {name: bits.packed.numpy().tobytes() for name, bits in make_masks(plan, ANATOMY).items()}
     assert run_ranks(drawn_here, plan) == [wanted, wanted]
