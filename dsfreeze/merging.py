@@ -135,10 +135,10 @@ def _mixed(name: str, values: Sequence[torch.Tensor], shares: Sequence[float]) -
             f"'{name}' has {first.dtype} and differs between the models: there is nothing between its values."
         )
     wide = torch.float32 if first.itemsize == 2 else torch.float64
-    total = torch.zeros(first.shape, dtype=wide)
+    total, same = torch.zeros(first.shape, dtype=wide), torch.ones(first.shape, dtype=torch.bool)
     for value, share in zip(values, shares, strict=True):
         total.add_(value.to(wide), alpha=share)
-    same = torch.stack([first == other for other in values[1:]]).all(0)
+        same &= value == first
     return torch.where(same, first, total.to(first.dtype))
 
 
@@ -215,6 +215,8 @@ def _opened(file: Path) -> Any:
 def _merge(folders: Sequence[Path], out: Path, rule: Rule, told: Mapping[str, Any]) -> Path:
     """Write `out`, laid out as the last of the folders; on one process."""
     models = [_Model.read(Path(folder)) for folder in folders]
+    if out.resolve() in [model.folder.resolve() for model in models]:
+        raise UserError(f"{out} is one of the models that are merged; name another folder.")
     for other in models[:-1]:
         other.require_like(models[-1])
     folder = models[-1].folder

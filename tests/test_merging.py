@@ -109,8 +109,8 @@ def test_shards_are_kept_and_read_across(tmp_path):
 
 
 def test_a_tensor_is_in_memory_at_a_time(tmp_path):
-    """Oracle: the calls, in the order of the file, each after the one before was written."""
-    values = {name: torch.full((64,), n, dtype=torch.float32) for n, name in enumerate("abc")}
+    """Oracle: the calls, in the order of the file, each after the ones before were written (but for a buffer of 8 KiB)."""
+    values = {name: torch.full((100_000,), n, dtype=torch.float32) for n, name in enumerate("abc")}
     save_file(values, tmp_path / "in.safetensors", {"format": "pt"})
     sizes = []
 
@@ -120,6 +120,7 @@ def test_a_tensor_is_in_memory_at_a_time(tmp_path):
 
     _rewrite(tmp_path / "in.safetensors", tmp_path / "out.safetensors", make)
     assert [name for name, _ in sizes] == ["a", "b", "c"]
+    assert all(size >= 400_000 * n for n, (_, size) in enumerate(sizes))
     assert {name: float(v[0]) for name, v in load_file(tmp_path / "out.safetensors").items()} == {
         "a": 1,
         "b": 2,
@@ -259,6 +260,9 @@ def test_other_mistakes(tmp_path):
             interpolate(start, start, alpha, tmp_path / "out")
     with pytest.raises(UserError, match="two models or more"):
         average([start], tmp_path / "out")
+    for out in (start, tmp_path / "x" / ".." / "start"):
+        with pytest.raises(UserError, match="is one of the models"):
+            interpolate(start, start, 0.5, out)
     with pytest.raises(UserError, match=r"no tensor 'model\.layers\.7.*to reset"):
         reset(start, start, ["model.layers.7.mlp.up_proj.weight"], tmp_path / "out")
 
