@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from dsfreeze.cli import run
 from dsfreeze.engine.masks import Bits
 from dsfreeze.errors import UserError
-from dsfreeze.merging import _rewrite, average, greedy_soup, interpolate, reset, reset_frozen
+from dsfreeze.merging import FLOATS, _mixed, _rewrite, average, greedy_soup, interpolate, reset, reset_frozen
 from dsfreeze.recipe import Recipe
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -77,6 +77,19 @@ def test_between_the_ends_lies_their_mean(pair, alpha, tmp_path):
         torch.testing.assert_close(value.double(), wanted, rtol=ulp, atol=1e-9)
         assert value.dtype == start[name].dtype
     assert torch.equal(found["model.norm.weight"], start["model.norm.weight"])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_elements_that_are_equal_keep_their_bits(dtype):
+    """Oracle: bit-identity, of a zero's sign too, in a tensor of which one element differs."""
+    start = torch.randn(999, generator=torch.Generator().manual_seed(0)).to(dtype)
+    start[1] = -0.0
+    end = start.clone()
+    end[0] += 1
+    for shares in ((0.3, 0.7), (1 / 3, 2 / 3)):
+        found = _mixed("x", [start, end], shares)
+        assert same_bits({"x": found[1:]}, {"x": start[1:]})
+        assert start[0] < found[0] < end[0]
 
 
 def test_the_mean_of_one_model_thrice_is_that_model(pair, tmp_path):
@@ -150,17 +163,22 @@ def test_a_reset_takes_whole_tensors_and_elements(tmp_path):
     assert (note["how"], note["tensors"], note["masked"]) == ("reset", [down], [UP])
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_what_a_plan_freezes_is_reset(tmp_path, tied):
-    """Oracle: the names that the strategy would train; a tied embedding is stored once."""
-    start, end = (llama_folder(tmp_path / f"m{seed}", layers=4, seed=seed, tied=tied) for seed in (0, 1))
+@pytest.mark.parametrize("stored", ["both", EMBED, "lm_head.weight"])
+def test_what_a_plan_freezes_is_reset(tmp_path, stored):
+    """Oracle: the names that the strategy would train; a tied embedding is stored once, under either name."""
+    start, end = (llama_folder(tmp_path / f"m{s}", layers=4, seed=s, tied=stored != "both") for s in (0, 1))
+    for folder in (start, end) if stored == "lm_head.weight" else ():
+        values = tensors(folder)
+        save_file({stored: values.pop(EMBED), **values}, folder / "model.safetensors", {"format": "pt"})
     recipe = Recipe.model_validate({"model": "x", "task": "sft", "freeze": {"strategy": "bottom", "count": 3}})
     found = tensors(reset_frozen(start, end, recipe, tmp_path / "out"))
     before, after = tensors(start), tensors(end)
-    kept = [n for n in found if "layers.3." in n or n in ("model.norm.weight", "lm_head.weight")]
+    kept = [
+        n for n in found if "layers.3." in n or n == "model.norm.weight" or (n == "lm_head.weight" and stored == "both")
+    ]
     for name, value in found.items():
         assert torch.equal(value, (after if name in kept else before)[name]), name
-    assert not torch.equal(before[EMBED], after[EMBED])
+    assert not torch.equal(before[UP], after[UP])
 
 
 # -- soups -------------------------------------------------------------------------------------------------------------
@@ -246,10 +264,12 @@ def test_integers_that_differ_have_no_mean(tmp_path):
     """Oracle: the message; equal ones pass."""
     start, end = model(tmp_path / "start", 0), model(tmp_path / "end", 1)
     for folder, last in ((start, 3), (end, 3)):
-        save_file({**tensors(folder), "ids": torch.tensor([1, last])}, folder / "model.safetensors", {"format": "pt"})
-    assert tensors(interpolate(start, end, 0.5, tmp_path / "out"))["ids"].tolist() == [1, 3]
-    save_file({**tensors(end), "ids": torch.tensor([1, 4])}, end / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"'ids' has torch\.int64 and differs"):
+        save_file(
+            {**tensors(folder), "position_ids": torch.tensor([1, last])}, folder / "model.safetensors", {"format": "pt"}
+        )
+    assert tensors(interpolate(start, end, 0.5, tmp_path / "out"))["position_ids"].tolist() == [1, 3]
+    save_file({**tensors(end), "position_ids": torch.tensor([1, 4])}, end / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"'position_ids' has torch\.int64 and differs"):
         interpolate(start, end, 0.5, tmp_path / "out")
 
 
