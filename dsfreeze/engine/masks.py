@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 
@@ -58,9 +59,15 @@ class Bits:
     def between(self, first: int, last: int, device: torch.device | None = None) -> torch.Tensor:
         """Of elements `first` .. `last - 1` of the flattened tensor (bool, 1-D), on `device`."""
         held = self.packed[first // 8 : -(-last // 8)].to(device or self.packed.device)
-        places = torch.arange(8, dtype=torch.uint8, device=held.device)
-        ones = (held.unsqueeze(1) >> places).bitwise_and_(1).view(torch.bool).view(-1)
-        return ones[first % 8 : first % 8 + last - first]
+        spread = _spread(held.device).index_select(0, held.int()).view(torch.bool)
+        return spread[first % 8 : first % 8 + last - first]
+
+
+@cache
+def _spread(device: torch.device) -> torch.Tensor:
+    """For every byte its eight bits as the bytes of an int64, which one look-up gives at once."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return torch.from_numpy(bits.view(np.int64).reshape(-1).copy()).to(device)
 
 
 def make_masks(plan: FreezePlan, anatomy: Anatomy) -> dict[str, Bits]:

@@ -20,21 +20,20 @@ from dsfreeze.engine.process import build_engine, process_group
 from dsfreeze.engine.zero import ZeroEngine
 from dsfreeze.errors import UserError
 
-#: by stage: layouts that one fork trains on, with the state rule of each
+#: by stage, what one fork trains: layout, further zero_optimization keys, state rule, bf16
 STAGES = {
-    0: [("zero0", {}, "keep")],
-    1: [("zero1", {"round_robin_gradients": True}, "offload")],
-    2: [("zero2", {}, "keep"), ("zero2_offload", {}, "clear")],
-    3: [("zero3", SHARDED, "keep"),
-        ("zero3_offload", {"stage3_param_persistence_threshold": 1000, "sub_group_size": 3000}, "offload")],
+    0: [("zero0", {}, "keep", False), ("zero0", {}, "keep", True)],
+    1: [("zero1", {"round_robin_gradients": True}, "offload", False), ("zero1", {}, "keep", True)],
+    2: [("zero2", {}, "keep", False), ("zero2_offload", {}, "clear", True)],
+    3: [("zero3", SHARDED, "keep", False), ("zero3_offload", {"stage3_param_persistence_threshold": 1000, "sub_group_size": 3000}, "offload", True)],
 }  # fmt: skip
 
 #: in the last phase, when one layer's tensors have made different numbers of steps: loading regroups them
 STOP = 7
 
 
-def engine_on(layout, plan, bf16):
-    name, zero, _ = layout
+def engine_on(case, plan):
+    name, zero, _, bf16 = case
     recipe = recipe_of(name, bf16=bf16, **TRAIN)
     config = config_of(recipe, dist.get_world_size(), **zero)
     return ZeroEngine(tiny_llama(), ANATOMY, recipe, config, state=plan.state, masks=make_masks(plan, ANATOMY))
@@ -52,30 +51,27 @@ def hooked(engine):
     return bool(held or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
-def train_masked(layouts, plans):
-    """By layout and precision: losses, norms, weights; and the weights of a run resumed after `STOP` steps."""
+def train_masked(cases, plans):
+    """By case: losses, norms, weights; and what a run does that is resumed after `STOP` steps."""
     results = []
     with process_group(recipe_of()):
-        for layout in layouts:
-            plan = plans[layout[2]]
-            for bf16 in (False, True):
-                engine = engine_on(layout, plan, bf16)
-                first = run(engine, plan, 0, STOP)
-                state = everyones(engine.export_state())
-                rest = run(engine, plan, STOP)
-                weights = engine.export_weights(t.name for t in ANATOMY.tensors)
-                assert hooked(engine)
-                optimizer = engine.optimizer
-                engine.close()
-                engine.optimizer = optimizer
-                assert not hooked(engine)
-                again = engine_on(layout, plan, bf16)
-                again.enter(plan.phase_at(STOP - 1))
-                again.load_state(state)
-                resumed = run(again, plan, STOP)
-                reached = again.export_weights(t.name for t in ANATOMY.tensors)
-                again.close()
-                results.append(((first[0] + rest[0], first[1] + rest[1]), weights, resumed, reached))
+        for case in cases:
+            plan = plans[case[2]]
+            engine = engine_on(case, plan)
+            first = run(engine, plan, 0, STOP)
+            state = everyones(engine.export_state())
+            rest = run(engine, plan, STOP)
+            weights = engine.export_weights(t.name for t in ANATOMY.tensors)
+            assert hooked(engine)
+            engine.close()
+            assert not hooked(engine)
+            again = engine_on(case, plan)
+            again.enter(plan.phase_at(STOP - 1))
+            again.load_state(state)
+            resumed = run(again, plan, STOP)
+            reached = again.export_weights(t.name for t in ANATOMY.tensors)
+            again.close()
+            results.append(((first[0] + rest[0], first[1] + rest[1]), weights, resumed, reached))
     return results
 
 
@@ -85,20 +81,20 @@ def test_every_stage_equals_a_plain_loop(stage, tmp_path):
     back to the bit; a resumed run to the bit."""
     plans = {rule: masked_plan(tmp_path, state=rule) for rule in ("keep", "offload", "clear")}
     leader, _ = run_ranks(train_masked, STAGES[stage], plans, timeout=120)
-    cases = [(layout, bf16) for layout in STAGES[stage] for bf16 in (False, True)]
-    for (layout, bf16), ((losses, norms), weights, resumed, reached) in zip(cases, leader, strict=True):
-        plan = plans[layout[2]]
+    for case, ((losses, norms), weights, resumed, reached) in zip(STAGES[stage], leader, strict=True):
+        *_, rule, bf16 = case
+        plan = plans[rule]
         wanted, wanted_norms, golden = plainly(plan, bf16=bf16)
-        assert losses == pytest.approx(wanted, abs=5e-3 if bf16 else 2e-6), layout
-        assert norms == pytest.approx(wanted_norms, rel=0.1 if bf16 else 1e-5), layout
+        assert losses == pytest.approx(wanted, abs=5e-3 if bf16 else 2e-6), case
+        assert norms == pytest.approx(wanted_norms, rel=0.1 if bf16 else 1e-5), case
         for name, value in golden.items():
             torch.testing.assert_close(
-                weights[name].float(), value.float(), atol=1.6e-2 if bf16 else 1e-6, rtol=0, msg=f"{layout} {name}"
+                weights[name].float(), value.float(), atol=1.6e-2 if bf16 else 1e-6, rtol=0, msg=f"{case} {name}"
             )
         assert_held_back(plan, weights)
-        assert resumed[0] == losses[STOP:], layout
-        assert resumed[1] == pytest.approx(norms[STOP:], rel=1e-6), layout  # at stage 0 added up in another order
-        assert all(torch.equal(reached[name], value) for name, value in weights.items()), layout
+        assert resumed[0] == losses[STOP:], case
+        assert resumed[1] == pytest.approx(norms[STOP:], rel=1e-6), case  # at stage 0 added up in another order
+        assert all(torch.equal(reached[name], value) for name, value in weights.items()), case
     assert len(losses) == STEPS
 
 
