@@ -404,6 +404,37 @@ def export(
 
 
 @app.command()
+def merge(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="START END | MEMBER...", help="Model folders; with --reset, also KEY=VALUE of a recipe."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    alpha: Annotated[
+        float | None, typer.Option(help="Of END so much, of START the rest; 0.5 unless it is said.")
+    ] = None,
+    average: Annotated[bool, typer.Option("--average", help="The mean of all the folders.")] = False,
+    reset: Annotated[
+        bool, typer.Option("--reset", help="END with START's values where the plan of freeze.* would freeze.")
+    ] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Make a model of models, without training: between two (WiSE-FT), the mean of several (a soup), or one partly reset."""
+    if not _is_leader():
+        return 0  # one process's work
+    from dsfreeze.commands import merge_folders
+
+    folder = merge_folders(words, output, alpha=alpha, average=average, reset=reset)
+    if as_json:
+        _print_json({"folder": str(folder)})
+    else:
+        _say(f"wrote {_escape(str(folder))}")
+    return 0
+
+
+@app.command()
 def models(
     add: Annotated[
         Path | None,

@@ -1,4 +1,4 @@
-"""What the commands `evaluate`, `cache` and `export` do: a run's folder, or a recipe, in; figures, or a model folder, out."""
+"""What the commands `evaluate`, `cache`, `export` and `merge` do: runs, recipes or models in; figures, or a model folder, out."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from dsfreeze.errors import UserError
 from dsfreeze.evaluation import evaluate
 from dsfreeze.export import export_delta, export_model, fill_delta, require_writable
 from dsfreeze.job import load_task, prepare_evicted, prepare_job
+from dsfreeze.merging import average as average_models
+from dsfreeze.merging import interpolate, reset_frozen
 from dsfreeze.model import read_anatomy
 from dsfreeze.model_card import public_name
 from dsfreeze.objectives import objective_of
@@ -118,3 +120,21 @@ def _newest_checkpoint(run: Path) -> Checkpoint:
         there = f" Its exported model is {model}." if model.is_dir() else " Train again, with train.export=true."
         raise UserError(f"{run} has no checkpoint to export from.{there}")
     return find_checkpoint(run, True)
+
+
+def merge_folders(words: Sequence[str], output: Path, *, alpha: float | None, average: bool, reset: bool) -> Path:
+    """Write a model between two, the mean of several, or one of two partly reset; `words` are folders, and a recipe's overrides."""
+    folders = [Path(word).expanduser() for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    if sum((average, reset, alpha is not None)) > 1:
+        raise UserError("--alpha, --average and --reset are three different things: give one of them.")
+    if overrides and not reset:
+        raise UserError(f"'{overrides[0]}' is a recipe's key, which --reset alone reads. Name model folders.")
+    if average:
+        return average_models(folders, output)
+    if len(folders) != 2:
+        raise UserError(f"Two model folders are merged, START and END; {len(folders)} are named. For more, --average.")
+    start, end = folders
+    if reset:
+        return reset_frozen(start, end, load_recipe(None, [f"model.name={end}", *overrides]), output)
+    return interpolate(start, end, 0.5 if alpha is None else alpha, output)

@@ -163,7 +163,9 @@ class FreezePlan:
         phases = [p for p in self.phases if p.first_step < step]
         last = phases[-1]
         phases[-1] = Phase(last.first_step, step - last.first_step, last.trainable, last.lr_step)
-        return replace(self, phases=tuple(phases), decide_at=None)
+        trained = {name for phase in phases for name in phase.trainable}
+        masks = tuple(mask for mask in self.masks if mask.tensor in trained)  # a longer run may have more
+        return replace(self, phases=tuple(phases), decide_at=None, masks=masks)
 
     def adapted(self, anatomy: Anatomy) -> Anatomy:
         """The anatomy whose names the phases use: the model's own, or with the adapters in place."""

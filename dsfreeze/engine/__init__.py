@@ -35,7 +35,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Movement:
-    """What a phase did to the weights, against its plan; names in model order. Both are empty when all is well."""
+    """What a phase did to the weights, against its plan; names in model order. Both are empty when all is well.
+
+    A masked tensor changed where one of the elements held back did, and never moved where none of those that train did.
+    """
 
     frozen_changed: tuple[str, ...]
     never_moved: tuple[str, ...]

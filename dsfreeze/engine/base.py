@@ -20,6 +20,8 @@ from dsfreeze.anatomy import Anatomy
 from dsfreeze.engine import Memory, Movement, TensorState
 from dsfreeze.engine.flats import Flat, whole
 from dsfreeze.engine.groups import Group, by_name, group_tensors, set_learning_rate
+from dsfreeze.engine.holding import Holding
+from dsfreeze.engine.masks import Bits
 from dsfreeze.engine.memory import Meter, nbytes, spanned_bytes
 from dsfreeze.engine.modes import Modes, set_trainable
 from dsfreeze.engine.movement import Checksums, changed, checksums, merge
@@ -45,10 +47,12 @@ class BaseEngine(ABC):
         *,
         state: StateRule = "keep",
         drop_master: bool = False,
+        masks: Mapping[str, Bits] | None = None,
         weights_on: torch.device | None = None,
     ) -> None:
-        """`state` and `drop_master`: what a tensor that stops training takes along (see `refreeze`). `weights_on`: where
-        the parameters wait until `_build` has placed them; the device, unless it is said."""
+        """`state` and `drop_master`: what a tensor that stops training takes along (see `refreeze`). `masks`: elements that
+        train, of tensors of which not all do. `weights_on`: where the parameters wait until `_build` has placed them; the
+        device, unless it is said."""
         self.module, self.anatomy, self.recipe, self.device = module, anatomy, recipe, device
         self.rule, self.drop_master = state, drop_master
         self.dtype = torch.bfloat16 if recipe.train.bf16 else torch.float32
@@ -65,7 +69,9 @@ class BaseEngine(ABC):
         self._trainable: tuple[str, ...] = ()
         self._ever_trained: set[str] = set()
         self._modes: Modes | None = None
-        self._before: Checksums = {}
+        self._frozen: Checksums = {}
+        self._trained: Checksums = {}
+        self.holding = Holding(masks or {}, device)
         self._watches_gradients = False
         self._gradients: dict[str, tuple[float, float]] = {}
         self._start: dict[str, torch.Tensor] = {}
@@ -92,24 +98,28 @@ class BaseEngine(ABC):
             set_trainable(self.module, names)
             self._set_modes(names)
             self.flats = self._build()
-            self._before = self._checksums()
+            self._frozen = self._frozen_checksums(set(self._named))
         else:
             self._check_flags()
             self._change(names)
+        self._trained = self._trained_checksums()
         self._trainable = names
+        self._hold_back()
         self._ever_trained.update(names)
 
     def _change(self, names: tuple[str, ...]) -> None:
         """Another set: the state moves by the rule, prefix and checkpointing follow the new lowest trainable layer."""
-        joining = set(names) - set(self._trainable)
-        frozen = self._frozen_checksums(joining)
-        thawed = self.gather(changed(self._before, frozen))
+        concerned = set(names) | set(self._trainable)
+        thawed = self.gather(changed(self._frozen, self._frozen_checksums(concerned)))
         assert not any(thawed), f"frozen tensors changed: {thawed}"
         self._refreeze(names)
         self._set_modes(names)
-        kept = {name: sums for name, sums in self._before.items() if name not in self._trainable}
-        left = set(self._trainable) - set(names)
-        self._before = {**kept, **self._frozen_checksums(left), **self._trained_checksums()}
+        kept = {name: sums for name, sums in self._frozen.items() if name not in concerned}
+        self._frozen = {**kept, **self._frozen_checksums(concerned)}
+
+    def _hold_back(self) -> None:
+        """Hold elements back in what trains now; whenever the optimizer or its flats are new."""
+        self.holding.follow({n: self._named[n] for n in self._trainable}, self.optimizer, self.flats)
 
     def _set_modes(self, names: tuple[str, ...]) -> None:
         if self._modes is not None:
@@ -264,13 +274,14 @@ class BaseEngine(ABC):
             raise UserError(f"The state does not hold '{missing[0]}', which the plan trains.")
         self.write_weights({name: _precise(e, self.dtype) for name, e in state.items()})
         self._prepare_groups({name: float(e["step"]) if "step" in e else None for name, e in state.items()})
+        self._hold_back()
         for flat in self.flats:
             entries = {slot.name: state[slot.name] for slot in flat.slots}
             self._write(flat.tensor, flat, {n: _precise(e, torch.float32) for n, e in entries.items()})
             self._load_moments(flat, entries)
         self._ever_trained.update(state)
         self._park({name: entry for name, entry in state.items() if name not in self._trainable})
-        self._before = self._checksums()
+        self._frozen, self._trained = self._frozen_checksums(set(self._named)), self._trained_checksums()
 
     def _place(self, name: str) -> tuple[torch.device, tuple[int, ...]]:
         """Where the parked state of a tensor lies, and the tensor's shape."""
@@ -326,21 +337,23 @@ class BaseEngine(ABC):
 
     def movement(self, *, frozen: bool = True) -> Movement:
         assert self._trainable, "enter a phase first"
-        now = self._checksums() if frozen else self._trained_checksums()
-        differing = set(changed(self._before, now))
-        trained = set(self._trainable)
-        found = self.gather((sorted(differing - trained), sorted(differing & trained)))
+        thawed = changed(self._frozen, self._frozen_checksums(set(self._named))) if frozen else []
+        found = self.gather((thawed, changed(self._trained, self._trained_checksums())))
         order = [t.name for t in self.anatomy.tensors]
-        return merge(order, [f for f, _ in found], [m for _, m in found], trained)
-
-    def _checksums(self) -> Checksums:
-        return {**self._frozen_checksums(set(self._named)), **self._trained_checksums()}
+        return merge(order, [f for f, _ in found], [m for _, m in found], set(self._trainable))
 
     def _frozen_checksums(self, names: set[str]) -> Checksums:
-        return checksums((n, self._held(p)) for n, p in self._parameters if n in names and not p.requires_grad)
+        """Of what is frozen of the named tensors: the whole, or of a masked one that trains the elements held back."""
+        return checksums((n, value) for n, p in self._parameters if n in names for value in self._frozen_of(n, p))
+
+    def _frozen_of(self, name: str, parameter: nn.Parameter) -> Iterator[torch.Tensor]:
+        if not parameter.requires_grad:
+            yield self._held(parameter)
+        elif name in self.holding.masks:
+            yield self.holding.held(name, self._held(parameter), self._first_held(parameter))
 
     def _trained_checksums(self) -> Checksums:
-        return checksums(pair for flat in self.flats for pair in flat.local())
+        return checksums(pair for flat in self.flats for pair in self.holding.without_held(flat))
 
     def memory(self, *, reset_peak: bool = False) -> Memory:
         """Bytes of this rank. Step counts (0-dim), communication and staging buffers are in `allocated` alone, as is
@@ -366,6 +379,10 @@ class BaseEngine(ABC):
         """This rank's part of a parameter."""
         return parameter.data
 
+    def _first_held(self, parameter: nn.Parameter) -> int:
+        """The element of the flattened parameter that this rank's part begins with."""
+        return 0
+
     def _copies(self, parameter: nn.Parameter) -> Iterable[torch.Tensor]:
         """Every live tensor that holds (part of) a parameter in the model's dtype."""
         return (parameter.data,)
@@ -375,6 +392,7 @@ class BaseEngine(ABC):
         return ()
 
     def close(self) -> None:
+        self.holding.close()
         if self._modes is not None:
             self._modes.close()
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.engine import Engine
+from dsfreeze.engine.masks import make_masks
 from dsfreeze.engine.ranks import Ranks, device_of, read_ranks
 from dsfreeze.errors import UserError
 from dsfreeze.plan import FreezePlan
@@ -178,14 +179,15 @@ def engine_config(recipe: Recipe, plan: FreezePlan, anatomy: Anatomy, world_size
 def build_engine(module: nn.Module, anatomy: Anatomy, recipe: Recipe, plan: FreezePlan) -> Engine:
     """The engine that `recipe.zero` names, once all ranks have the same plan (collective, within `process_group`)."""
     agree(plan.digest, "the freeze plan")
+    masks = together(lambda: make_masks(plan, anatomy))
     if is_local(recipe):
         from dsfreeze.engine.local import LocalEngine
 
-        return LocalEngine(module, anatomy, recipe, state=plan.state, drop_master=plan.drop_master)
+        return LocalEngine(module, anatomy, recipe, state=plan.state, drop_master=plan.drop_master, masks=masks)
     from dsfreeze.engine.zero import ZeroEngine
 
     config = engine_config(recipe, plan, anatomy, read_ranks().world_size)
-    return ZeroEngine(module, anatomy, recipe, config, state=plan.state, drop_master=plan.drop_master)
+    return ZeroEngine(module, anatomy, recipe, config, state=plan.state, drop_master=plan.drop_master, masks=masks)
 
 
 def evaluation_engine(module: nn.Module, anatomy: Anatomy, recipe: Recipe) -> Engine:

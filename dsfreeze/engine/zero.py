@@ -35,7 +35,7 @@ from dsfreeze.engine.process import agree, import_deepspeed
 from dsfreeze.engine.ranks import read_ranks
 from dsfreeze.engine.rebuild import close
 from dsfreeze.engine.refreeze import ledger_of, refreeze, regroup
-from dsfreeze.engine.support import require_tested_version
+from dsfreeze.engine.support import require_tested_version, unsupported
 from dsfreeze.errors import UserError
 from dsfreeze.recipe import Recipe
 
@@ -67,6 +67,7 @@ class ZeroEngine(BaseEngine):
         self.engine, *_ = deepspeed.initialize(
             model=self.module, optimizer=self.optimizer, config=self.config, dist_init_required=False
         )
+        self._refuse_other_steps()
         if self.stage == 0:
             self.optimizer.state.clear()
         elif self.stage < 3:
@@ -126,6 +127,12 @@ class ZeroEngine(BaseEngine):
                 "data_types.grad_accum_dtype: fp32 at stage 1 in bf16 makes DeepSpeed keep a full fp32 gradient of "
                 "every trained tensor on every rank. Use stage 2, which shards it, or drop the key."
             )
+
+    def _refuse_other_steps(self) -> None:
+        """Elements are held back around the steps of one torch optimizer over tensors that we know."""
+        refused = next(unsupported(self.engine), None) if self.holding.masks else None
+        if refused:
+            raise UserError(f"{refused}. A plan with masks of elements needs what refreeze needs.")
 
     # -- training ----------------------------------------------------------------------------------------------
 
@@ -231,6 +238,9 @@ class ZeroEngine(BaseEngine):
 
     def _held(self, parameter: nn.Parameter) -> torch.Tensor:
         return parameter.ds_tensor.data if self._sharded else parameter.data
+
+    def _first_held(self, parameter: nn.Parameter) -> int:
+        return self.rank * parameter.ds_tensor.numel() if self._sharded else 0
 
     def _copies(self, parameter: nn.Parameter) -> Iterable[torch.Tensor]:
         if not self._sharded:
