@@ -1,0 +1,62 @@
+"""Models made without training, and how far a model has moved. One process's work; the arithmetic of merging is merging.py's."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dsfreeze.anatomy_reader import read_anatomy
+from dsfreeze.job import load_task
+from dsfreeze.model import load_tokenizer
+from dsfreeze.recipe import Recipe
+from dsfreeze.strategies import make_plan
+
+
+def start_folder(recipe: Recipe, folder: Path) -> Path:
+    """The recipe's model as a folder, written once."""
+    if not folder.is_dir():
+        aside = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        _, _, module = load_task(recipe)
+        module.save_pretrained(aside)
+        load_tokenizer(recipe.model).save_pretrained(aside)
+        os.replace(aside, folder)
+    return folder
+
+
+def interpolated(start: Path, end: Path, alpha: float, out: Path) -> None:
+    """(1 - alpha) start + alpha end."""
+    from dsfreeze.merging import interpolate
+
+    interpolate(start, end, alpha, out)
+
+
+def averaged(folders: Sequence[Path], out: Path) -> None:
+    """The uniform mean."""
+    from dsfreeze.merging import average
+
+    average(folders, out)
+
+
+def half_reset(recipe: Recipe, start: Path, end: Path, out: Path) -> None:
+    """`end` with everything put back to `start` that the recipe's plan freezes."""
+    from dsfreeze.merging import reset
+
+    _, _, module = load_task(recipe)
+    anatomy = read_anatomy(module, recipe.model.name)
+    plan = make_plan(anatomy, recipe.freeze, None)
+    names = [tensor.name for tensor in anatomy.tensors if tensor.name not in plan.ever_trained]
+    reset(start, end, names, out, masks=plan.masks)
+
+
+@torch.no_grad()
+def update_norm(start: Recipe, end: Recipe) -> float:
+    """The L2 norm of end - start over all parameters, a tied one once; summed in float64."""
+    one, other = (dict(load_task(recipe)[2].named_parameters()) for recipe in (start, end))
+    assert one.keys() == other.keys(), sorted(one.keys() ^ other.keys())
+    return math.sqrt(math.fsum(float((other[name].double() - one[name].double()).square().sum()) for name in one))
