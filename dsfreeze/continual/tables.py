@@ -37,8 +37,8 @@ def continual_table(state: Mapping[str, Any]) -> Group:
         table.add_row(
             escape(label),
             *figures,
-            _share(numbers.get("trainable_share")),
-            _figure(numbers.get("update_norm"), "{:.3g}"),
+            _mean(numbers.get("trainable_share"), "{:.1%}"),
+            _mean(numbers.get("update_norm"), "{:.3g}"),
         )
     before = general_ability(state, state["start"]["scores"])
     table.caption = _EXPLAINED.format(bwt=spec["bwt"], before="none" if before is None else f"{before:.1f}")
