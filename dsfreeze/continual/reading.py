@@ -6,6 +6,7 @@ stands where its key does: in a task, a method, or the part that all have in com
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,12 @@ from dsfreeze.continual.methods import ROUND_KEYS
 from dsfreeze.continual.spec import COMMON, DEFAULT_METRICS, Measured, MethodSpec, ProbeSpec, Spec, TaskSpec
 from dsfreeze.continual.trace import suite_values
 from dsfreeze.errors import UserError, did_you_mean
-from dsfreeze.recipe import FREEZE_KEYS, Recipe, TrainOptions
+from dsfreeze.metrics import METRICS, kind_of
+from dsfreeze.recipe import FREEZE_KEYS, TASKS, Recipe, TrainOptions
 from dsfreeze.recipe_reader import COMMAND_LINE, Draft, locate, report, resolve
 from dsfreeze.recipe_yaml import Key, parse_value, parse_yaml, read_file
 from dsfreeze.section_reader import dotted, problems
+from dsfreeze.zero_config import deepspeed_config, is_local
 
 #: Keys of a recipe that a sequence sets itself, and the key to write instead.
 OWN_KEYS = {
@@ -54,6 +57,10 @@ class Course:
     def measure_recipe(self, measured: Measured) -> Recipe:
         """The evaluation of the start model on a task or probe."""
         return _checked(self.measure_draft(measured))
+
+    def place(self, key: Key) -> str:
+        """Where `key` stands in the file, or what is inside it, or what is around it."""
+        return Draft(self.origin, where=dict(self.where)).place(key)
 
     def located(self, source: str) -> str:
         """Where data that a task names lies; see `recipe_reader.locate`."""
@@ -108,10 +115,8 @@ class Course:
         return draft
 
     def _place(self, draft: Draft, key: Key, own: Key) -> None:
-        """Note where a recipe's key stands: its own line, or the nearest one around it."""
-        found = next((self.where[key[:n]] for n in range(len(key), 0, -1) if key[:n] in self.where), None)
-        if found is not None:
-            draft.where[own] = found
+        """Note where a recipe's key stands."""
+        draft.where[own] = self.place(key)
 
     def _common(self, sections: Sequence[str]) -> Iterator[Layer]:
         yield (), {name: getattr(self.spec, name) for name in sections}
@@ -185,7 +190,7 @@ def read_course(path: Path, overrides: Sequence[str] = ()) -> Course:
     except ValidationError as error:
         raise UserError(report(problems(Spec, error, where, str(path)))) from None
     course = Course(spec, str(path), path.parent, where)
-    mistakes = [*_own_keys(course), *_lacks(course), *_kinds(course), *_recipes(course)]
+    mistakes = [*_own_keys(course), *_lacks(course), *_kinds(course), *_metrics(course), *_recipes(course)]
     if mistakes:
         raise UserError(report(mistakes))
     return course
@@ -247,14 +252,14 @@ def _own_keys(course: Course) -> Iterator[tuple[str, str]]:
         for (section, key), instead in OWN_KEYS.items():
             if key in (getattr(holder, section, None) or {}):
                 full = (*place, section, key)
-                yield course.where.get(full, course.origin), f"{dotted(full)}: the sequence sets it; write {instead}"
+                yield course.place(full), f"{dotted(full)}: the sequence sets it; write {instead}"
 
 
 def _lacks(course: Course) -> Iterator[tuple[str, str]]:
     """Tasks and probes without data."""
     for measured in (*course.spec.tasks, *course.spec.probes):
         data = {**course.spec.data, **measured.data}
-        place = course.where.get(course._key("tasks", measured), course.origin)
+        place = course.place(course._key("tasks", measured))
         needed = ("eval",) if isinstance(measured, ProbeSpec) else ("train", "eval")
         what = "probe" if isinstance(measured, ProbeSpec) else "task"
         for key in needed:
@@ -269,7 +274,7 @@ def _kinds(course: Course) -> Iterator[tuple[str, str]]:
     kinds = {measured.name: spec.task_of(measured) for measured in (*spec.tasks, *spec.probes)}
     if any(kind not in TEXT_TASKS for kind in kinds.values()) and len(set(kinds.values())) > 1:
         odd = next(name for name, kind in kinds.items() if kind not in TEXT_TASKS)
-        place = course.where.get(("tasks",), course.origin)
+        place = course.place(("tasks",))
         yield (
             place,
             (
@@ -280,7 +285,7 @@ def _kinds(course: Course) -> Iterator[tuple[str, str]]:
     trained = {kinds[task.name] for task in spec.tasks}
     for index, method in enumerate(spec.methods):
         if method.kind.rows == "all" and len(trained) > 1:
-            place = course.where.get(("methods", index), course.origin)
+            place = course.place(("methods", index))
             yield (
                 place,
                 f"method '{method.name}' trains on all tasks at once, and these are of {', '.join(sorted(trained))}",
@@ -294,7 +299,7 @@ def _heads(course: Course) -> Iterator[tuple[str, str]]:
     spec = course.spec
     labels = {tuple({**spec.data, **task.data}.get("labels") or ()) for task in spec.tasks}
     if labels == {()} or len(labels) > 1:
-        place = course.where.get(("tasks",), course.origin)
+        place = course.place(("tasks",))
         yield (
             place,
             (
@@ -304,6 +309,19 @@ def _heads(course: Course) -> Iterator[tuple[str, str]]:
         )
 
 
+def _metrics(course: Course) -> Iterator[tuple[str, str]]:
+    """Metrics that are not for their task."""
+    spec = course.spec
+    for measured in (*spec.tasks, *spec.probes):
+        task, name = spec.task_of(measured), metric_of(spec, measured)
+        kind = kind_of(task, {**spec.data, **measured.data}.get("num_labels"))
+        valid = [each for each, metric in METRICS.items() if kind in metric.kinds]
+        if task in TASKS and name not in valid:
+            key = course._key("tasks", measured)
+            known = "is not for this task" if name in METRICS else "does not exist"
+            yield course.place((*key, "metric")), f"{dotted(key)}.metric: '{name}' {known}.{did_you_mean(name, valid)}"
+
+
 def _recipes(course: Course) -> Iterator[tuple[str, str]]:
     """What is wrong with any recipe that the sequence will run."""
     spec = course.spec
@@ -311,9 +329,13 @@ def _recipes(course: Course) -> Iterator[tuple[str, str]]:
     for method in spec.methods:
         tasks = spec.tasks if method.kind.merge is None or method.kind.changes else []
         drafts += [course.round_draft(task, method, 1, spec.seeds[0], spec.draws[0]) for task in tasks]
-    for draft in drafts:
-        resolve(draft)
-        yield from draft.mistakes.values()
+    found = [resolve(draft) for draft in drafts]
+    yield from (mistake for draft in drafts for mistake in draft.mistakes.values())
+    if not any(draft.mistakes for draft in drafts) and not is_local(found[0]):
+        try:
+            deepspeed_config(found[0], int(os.environ.get("WORLD_SIZE", "1")))
+        except UserError as error:
+            yield course.place(("zero",)), str(error)
 
 
 assert set(COMMON) <= set(Spec.model_fields)

@@ -9,10 +9,12 @@ any begins anew. Every rank runs this, rank 0 alone writes and deletes.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +78,7 @@ def run_course(course: Course, console: Console | None = None) -> State:
     UserError for every mistake that can be known before the first round, on every rank; Interrupted after a signal.
     """
     console = console or Console(stderr=True)
-    with process_group(course.measure_recipe(course.spec.tasks[0])) as ranks:
+    with _told_once(), process_group(course.measure_recipe(course.spec.tasks[0])) as ranks:
         agree(json.dumps(course.spec.model_dump(mode="json"), sort_keys=True), "the sequence of tasks")
         files = led(lambda: prepare(course))
         state = led(lambda: open_results(course.spec, files))
@@ -84,6 +86,25 @@ def run_course(course: Course, console: Console | None = None) -> State:
         rounds = Rounds(course, files, state, console if leader else Console(quiet=True), leader=leader)
         rounds.run()
         return rounds.state
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """What reading data has to say is said once, not once a round."""
+    seen: set[str] = set()
+
+    def new(record: logging.LogRecord) -> bool:
+        told = record.getMessage()
+        return told not in seen and not seen.add(told)  # type: ignore[func-returns-value]
+
+    loggers = [logging.getLogger(name) for name in ("dsfreeze.data.sft", "dsfreeze.data.examples")]
+    for logger in loggers:
+        logger.addFilter(new)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(new)
 
 
 class Rounds:
