@@ -56,7 +56,10 @@ def evaluate_recipe(recipe: Recipe) -> dict[str, float]:
         if data.eval is None:
             raise UserError("The recipe has no evaluation data; name some in data.eval.")
         engine = evaluation_engine(module, read_anatomy(module, recipe.model.name), recipe)
-        return evaluate(engine, data, recipe)
+        try:
+            return evaluate(engine, data, recipe)
+        finally:
+            engine.close()  # one process may evaluate many models
 
 
 def fill_cache(recipe: Recipe, console: Console) -> dict[str, Any]:

@@ -45,8 +45,8 @@ def draw_figure(state: Mapping[str, Any], path: Path) -> str:
 def retained_of(state: Mapping[str, Any]) -> tuple[str, str]:
     """The number that says what is retained, and its axis: the probes' mean, or without probes the tasks' after the last round."""
     if state["probes"]:
-        return "general_ability", "general ability after the last round (mean score of the probes, 0 to 100)"
-    return "op", "score on all tasks after the last round (OP, 0 to 100)"
+        return "general_ability", "general ability: mean score of the probes (0 to 100)"
+    return "op", "OP: mean score on all tasks (0 to 100)"
 
 
 def _curve(state: Mapping[str, Any], points: Mapping[str, Spreads]) -> list[str]:
@@ -68,7 +68,12 @@ def _learn_forget(
     curve = [name for name in _curve(state, points) if points[name]["learning_accuracy"]]
     if curve:
         ends = [[points[name][number]["mean"] for name in curve] for number in ("learning_accuracy", key)]
-        axis.plot(*ends, color="0.4", marker=".", linewidth=1.2, label="WiSE-FT of full tuning, alpha 0 to 1", zorder=1)
+        axis.plot(*ends, color="0.4", marker=".", linewidth=1.2, label="WiSE-FT of full tuning, by alpha", zorder=1)
+        for name in (curve[0], curve[len(curve) // 2], curve[-1]):
+            at = points[name]["learning_accuracy"]["mean"], points[name][key]["mean"]
+            axis.annotate(
+                name.partition("@")[2], at, xytext=(4, 4), textcoords="offset points", fontsize=8, color="0.3"
+            )
     for number, (name, colour) in enumerate(colours.items()):
         x, y = points[name].get("learning_accuracy"), points[name][key]
         if x is None:  # a bound without rounds of its own: what it keeps, at any x
@@ -83,7 +88,7 @@ def _learn_forget(
         axis.axhline(before, color="0.7", linestyle=":", linewidth=1.2, label="start model")
     axis.set_xlabel("score on each task right after its round (learning accuracy, 0 to 100)")
     axis.set_ylabel(label)
-    axis.set_title("learnt against retained; bars: deviation over seeds", fontsize=10)
+    axis.set_title("learnt against retained after the last round; bars: deviation over seeds", fontsize=10)
 
 
 def _controls(axis: Any, state: Mapping[str, Any], points: Mapping[str, Spreads], colours: Mapping[str, Any]) -> None:
@@ -102,4 +107,4 @@ def _controls(axis: Any, state: Mapping[str, Any], points: Mapping[str, Spreads]
         )
         axis.scatter(x["mean"], y["mean"], s=size, color=colour, marker="osD^vP*X<>"[number % 10], zorder=2)
     axis.set_xlabel("distance of the last model from the start model (L2 norm over all weights)")
-    axis.set_title("retained against the size of the update; area: share of the weights that trained", fontsize=10)
+    axis.set_title("retained against size of the update; area: share of weights that trained", fontsize=10)

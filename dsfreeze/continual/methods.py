@@ -17,7 +17,7 @@ Start = Literal["previous", "base"]
 #: How the models of a method without training are made of those of `full`.
 Merge = Literal["interpolate", "average", "reset"]
 
-#: Strategies that draw anew each round, and their key for the round's number, counted from 1.
+#: Strategies that draw anew each round, and their key for the round's number, which counts from 0 there.
 ROUND_KEYS = {"half": "round"}
 
 
@@ -36,6 +36,11 @@ class Method:
     rate: float = 1.0
     length: float = 1.0
     merge: Merge | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether a round knows of no other, so that its own task is all there is to measure."""
+        return self.start == "base" and self.rows == "own"
 
     @property
     def retains(self) -> bool:
@@ -61,7 +66,7 @@ METHODS: dict[str, Method] = {
     "half_model": Method("half of all matrices, whatever their category", _half("model")),
     "half_element": Method("half of the elements", _half("element")),
     "half_same": Method("HFT with one draw for all rounds", _half(masks="same")),
-    "half_complement": Method("HFT, each round the other half of the round before", _half(masks="complement")),
+    "half_complement": Method("HFT, every second round with the other half of the round before", _half(masks="complement")),
     "salf": Method("the layers above the cut that `dsfreeze analyze` found (freeze.scores)", _freeze("salf")),
     "bottom": Method("the bottom half of the layers frozen", _freeze("bottom", fraction=0.5)),
     "top": Method("the top half of the layers frozen", _freeze("top", fraction=0.5)),

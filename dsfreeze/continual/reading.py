@@ -78,7 +78,7 @@ class Course:
         strategy, freezing = self._freeze(method)
         key = self._key("methods", method)
         layers: list[Layer] = [
-            *self._common(("data", "train", "preference")),
+            *self._common(task),
             *freezing,
             *self._measured(task),
             *([((), {"retain": spec.retain}), (key, {"retain": {**kind.changes["retain"], **method.retain}})] if kind.retains else []),
@@ -91,11 +91,11 @@ class Course:
         if strategy in FREEZE_KEYS["seed"]:
             options["seed"] = draw
         if strategy in ROUND_KEYS:
-            options[ROUND_KEYS[strategy]] = number
+            options[ROUND_KEYS[strategy]] = number - 1
         return draft
 
     def measure_draft(self, measured: Measured) -> Draft:
-        draft = self._draft([*self._common(("data", "train", "preference")), *self._measured(measured)], measured)
+        draft = self._draft([*self._common(measured), *self._measured(measured)], measured)
         draft.values.setdefault("data", {})["train"] = None
         draft.values["data"]["metrics"] = [metric_of(self.spec, measured)]
         draft.values["freeze"] = {"strategy": "full"}
@@ -118,8 +118,10 @@ class Course:
         """Note where a recipe's key stands."""
         draft.where[own] = self.place(key)
 
-    def _common(self, sections: Sequence[str]) -> Iterator[Layer]:
-        yield (), {name: getattr(self.spec, name) for name in sections}
+    def _common(self, measured: Measured) -> Iterator[Layer]:
+        yield (), {"data": self.spec.data, "train": self.spec.train}
+        if self.spec.task_of(measured) == "preference":
+            yield (), {"preference": self.spec.preference}
 
     def _measured(self, measured: Measured) -> Iterator[Layer]:
         key = self._key("tasks", measured)

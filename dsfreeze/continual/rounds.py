@@ -8,6 +8,7 @@ any begins anew. Every rank runs this, rank 0 alone writes and deletes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -38,7 +39,7 @@ from dsfreeze.metrics import score
 from dsfreeze.recipe import Recipe
 from dsfreeze.record import MODEL, SUMMARY
 
-MIXED, MEMORY = "train.jsonl", "memory"
+MIXED, MEMORY, PREFERENCE = "train.jsonl", "memory", "preference"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def run_course(course: Course, console: Console | None = None) -> State:
     """
     console = console or Console(stderr=True)
     with _told_once(), process_group(course.measure_recipe(course.spec.tasks[0])) as ranks:
-        agree(json.dumps(course.spec.model_dump(mode="json"), sort_keys=True), "the sequence of tasks")
+        agree(hashlib.sha256(course.spec.model_dump_json().encode()).hexdigest(), "the sequence of tasks")
         files = led(lambda: prepare(course))
         state = led(lambda: open_results(course.spec, files))
         leader = ranks.rank == 0
@@ -124,7 +125,8 @@ class Rounds:
         self._require_models()
         if self.state["start"] is None:
             self.console.print("the start model", highlight=False)
-            self.state["start"] = self._measured(self._start().model.name, (*self.tasks, *self.spec.probes))
+            known = [each for each in (*self.tasks, *self.spec.probes) if self.spec.task_of(each) != PREFERENCE]
+            self.state["start"] = self._measured(self._start().model.name, known)
             self._write()
         for trip in self.trips:
             self._travel(trip)
@@ -196,10 +198,10 @@ class Rounds:
         return self._row(trip, number, folder)
 
     def _same_row(self, trip: Trip, full: Trip, number: int) -> dict[str, Any] | None:
-        """Of an interpolation at 0 or 1: what the start model, or full tuning, scored."""
+        """What needs no model: an interpolation at 0 is the start model, one at 1 and a mean of one are full tuning's."""
         if trip.alpha == 0:
             return {**self.state["start"], "update_norm": 0.0}
-        if trip.alpha == 1:
+        if trip.alpha == 1 or (trip.method.kind.merge == "average" and number == 1):
             row = next(row for row in self.state["runs"][full.key]["rounds"] if row["round"] == number)
             return {key: row[key] for key in ("scores", "numbers", "update_norm")}
         return None
@@ -216,23 +218,24 @@ class Rounds:
             weights.interpolated(start, ends[-1], trip.alpha, out)
         else:
             drawn = self.course.round_recipe(self.tasks[number - 1], trip.method, number, trip.seed, trip.draw or 0)
-            weights.half_reset(self._start().model_copy(update={"freeze": drawn.freeze}), start, ends[-1], out)
+            weights.half_reset(start, ends[-1], self._start().model_copy(update={"freeze": drawn.freeze}), out)
 
     def _row(self, trip: Trip, number: int, model: Path) -> dict[str, Any]:
         task = self.tasks[number - 1]
         start, end = (self._start(name) for name in (None, str(model)))
         return {
             "round": number, "task": "all" if trip.method.kind.rows == "all" else task.name,
-            **self._measured(str(model), self._wanted(trip, number)),
+            **self._measured(str(model), self._wanted(trip, number), trip),
             "update_norm": led(lambda: weights.update_norm(start, end)),
         }  # fmt: skip
 
     def _wanted(self, trip: Trip, number: int) -> Sequence[Measured]:
-        """What a round is measured on: everything, but for bounds and curves, of which the diagonal and the last row are read."""
-        alone = trip.method.kind.start == "base" and trip.method.kind.rows == "own"
-        if alone or (trip.alpha is not None and number < len(self.tasks)):
+        """What a round is measured on: everything, but for bounds and curves, of which the diagonal and the last row are read. A
+        preference has no reference before its own round."""
+        if trip.method.kind.alone or (trip.alpha is not None and number < len(self.tasks)):
             return [self.tasks[number - 1]]
-        return (*self.tasks, *self.spec.probes)
+        to_come = [each for each in self.tasks[number:] if self.spec.task_of(each) == PREFERENCE]
+        return [each for each in (*self.tasks, *self.spec.probes) if each not in to_come]
 
     # -- recipes -----------------------------------------------------------------------------------------------
 
@@ -240,7 +243,8 @@ class Rounds:
         kind, task, folder = trip.method.kind, self.tasks[number - 1], self._round(trip, number)
         recipe = self.course.round_recipe(task, trip.method, number, trip.seed, trip.draw or 0)
         mixed = kind.rows != "own" or trip.method.replay is not None
-        data = _rendered_data(recipe, str(folder / MIXED) if mixed else self.files[task.name].train, None)
+        evaluated = self.files[task.name].eval if recipe.task == PREFERENCE else None  # for its reference
+        data = _rendered_data(recipe, str(folder / MIXED) if mixed else self.files[task.name].train, evaluated)
         options: dict[str, Any] = {"output_dir": folder, "export": True, "resume_from_checkpoint": resume or None}
         if kind.rows == "all":
             steps = [each.train.max_steps for each in self._alike(trip)]
@@ -290,14 +294,29 @@ class Rounds:
             data = data.model_copy(update={"max_new_tokens": files.max_new_tokens})
         return recipe.model_copy(update={"data": data})
 
-    def _measured(self, model: str, wanted: Sequence[Measured]) -> dict[str, Any]:
+    def _measured(self, model: str, wanted: Sequence[Measured], trip: Trip | None = None) -> dict[str, Any]:
         """Scores (0 to 100) and all numbers of a model by task and probe; a number that is not finite is None."""
         scores, numbers = {}, {}
         for measured in wanted:
-            found = evaluate_recipe(_of_model(self._at(measured, self.course.measure_recipe(measured)), model))
+            recipe = _of_model(self._at(measured, self.course.measure_recipe(measured)), model)
+            if recipe.task == PREFERENCE:
+                assert trip is not None, "the start model has no preference"
+                found = evaluate_recipe(recipe, self._reference(trip, measured))
+            else:
+                found = evaluate_recipe(recipe)
             scores[measured.name] = score(metric_of(self.spec, measured), found)
             numbers[measured.name] = {name: value if math.isfinite(value) else None for name, value in found.items()}
         return {"scores": scores, "numbers": numbers}
+
+    def _reference(self, trip: Trip, measured: Measured) -> Path:
+        """The folder of the round that trained on a preference: what it began with is what the preference is measured against."""
+        source = self._full(trip) if trip.method.kind.merge else trip
+        number = (
+            len(self.tasks)
+            if trip.method.kind.rows == "all"
+            else 1 + [task.name for task in self.tasks].index(measured.name)
+        )
+        return self._round(source, number)
 
     # -- files -------------------------------------------------------------------------------------------------
 
@@ -337,9 +356,8 @@ class Rounds:
 
     def _drop_models(self, trip: Trip, number: int) -> None:
         """The models before round `number`; of single tasks and of merged models that one's too."""
-        kind = trip.method.kind
-        alone = bool(kind.merge) or (kind.start == "base" and kind.rows == "own")
-        for each in range(1, number + alone):
+        ends = number + (trip.method.kind.alone or trip.method.kind.merge is not None)
+        for each in range(1, ends):
             shutil.rmtree(self._round(trip, each) / MODEL, ignore_errors=True)
 
     def _write(self) -> None:

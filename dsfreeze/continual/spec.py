@@ -29,6 +29,7 @@ COMMON = ("model", "task", "data", "freeze", "zero", "train", "preference", "ret
 #: A task's score when it names no metric.
 DEFAULT_METRICS = {
     "sft": "exact_match", "causal_lm": "perplexity", "seq2seq": "rouge_l", "classification": "accuracy", "tokens": "accuracy",
+    "preference": "reward_accuracy",
 }  # fmt: skip
 #: WiSE-FT's weights of the trained model.
 ALPHAS = tuple(step / 10 for step in range(11))
@@ -171,7 +172,7 @@ class Spec(Section):
     train: dict[str, Any] = {}
     """`train:` of a recipe, for all rounds; seed and output_dir are the sequence's to set."""
     preference: dict[str, Any] = {}
-    """`preference:` of a recipe, for all rounds."""
+    """`preference:` of a recipe, for the tasks that are one."""
     retain: dict[str, Any] = {}
     """`retain:` of a recipe, for the methods that retain."""
     suite: Literal["trace", "trace-official"] | None = None

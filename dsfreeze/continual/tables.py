@@ -31,7 +31,7 @@ def continual_table(state: Mapping[str, Any]) -> Group:
     table.add_column("method", no_wrap=True)
     for name in (*COLUMNS, "trained", "moved"):
         table.add_column(name, justify="right", no_wrap=True)
-    for label, numbers in state["summary"].items():
+    for label, numbers in _shown(state).items():
         key = {"bwt": "bwt" if spec["bwt"] == "T-1" else "bwt_over_t"}
         figures = [_figure(numbers.get(key.get(name, name))) for name in COLUMNS.values()]
         table.add_row(
@@ -44,6 +44,14 @@ def continual_table(state: Mapping[str, Any]) -> Group:
     table.caption = _EXPLAINED.format(bwt=spec["bwt"], before="none" if before is None else f"{before:.1f}")
     table.caption_justify = "left"
     return Group(table, matrices_table(state))
+
+
+def _shown(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The methods' numbers; of a WiSE-FT curve its middle alone, where it was measured."""
+    curves = {run["label"]: run for run in state["runs"].values() if run["alpha"] is not None}
+    halves = {run["method"] for run in curves.values() if run["alpha"] == 0.5}
+    left_out = {label for label, run in curves.items() if run["method"] in halves and run["alpha"] != 0.5}
+    return {label: numbers for label, numbers in state["summary"].items() if label not in left_out}
 
 
 def matrices_table(state: Mapping[str, Any]) -> Table:

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import torch
 
-from dsfreeze.anatomy_reader import read_anatomy
 from dsfreeze.job import load_task
 from dsfreeze.model import load_tokenizer
 from dsfreeze.recipe import Recipe
-from dsfreeze.strategies import make_plan
 
 
 def start_folder(recipe: Recipe, folder: Path) -> Path:
@@ -43,15 +41,11 @@ def averaged(folders: Sequence[Path], out: Path) -> None:
     average(folders, out)
 
 
-def half_reset(recipe: Recipe, start: Path, end: Path, out: Path) -> None:
+def half_reset(start: Path, end: Path, recipe: Recipe, out: Path) -> None:
     """`end` with everything put back to `start` that the recipe's plan freezes."""
-    from dsfreeze.merging import reset
+    from dsfreeze.merging import reset_frozen
 
-    _, _, module = load_task(recipe)
-    anatomy = read_anatomy(module, recipe.model.name)
-    plan = make_plan(anatomy, recipe.freeze, None)
-    names = [tensor.name for tensor in anatomy.tensors if tensor.name not in plan.ever_trained]
-    reset(start, end, names, out, masks=plan.masks)
+    reset_frozen(start, end, recipe, out)
 
 
 @torch.no_grad()
