@@ -14,7 +14,7 @@ from dsfreeze.continual.results import general_ability, matrix_of
 
 #: Columns, and the numbers they show.
 COLUMNS = {
-    "OP": "op", "BWT": "bwt", "forgotten": "forgetting", "learnt": "learning_accuracy", "general": "general_ability",
+    "OP": "op", "BWT": "bwt", "forgot": "forgetting", "learnt": "learning_accuracy", "general": "general_ability",
 }  # fmt: skip
 _EXPLAINED = (
     "OP mean score after the last round; BWT change of earlier tasks since their own round, over {bwt}; learnt: mean score right after "
