@@ -211,7 +211,7 @@ class Rounds:
             return
         out.parent.mkdir(parents=True, exist_ok=True)
         ends = [self._round(full, each) / MODEL for each in range(1, number + 1)]
-        start = weights.start_folder(self._start(), self.folder / "start")
+        start = self._start_folder()
         if trip.method.kind.merge == "average":
             weights.averaged(ends, out)
         elif trip.alpha is not None:
@@ -222,11 +222,10 @@ class Rounds:
 
     def _row(self, trip: Trip, number: int, model: Path) -> dict[str, Any]:
         task = self.tasks[number - 1]
-        start, end = (self._start(name) for name in (None, str(model)))
         return {
             "round": number, "task": "all" if trip.method.kind.rows == "all" else task.name,
             **self._measured(str(model), self._wanted(trip, number), trip),
-            "update_norm": led(lambda: weights.update_norm(start, end)),
+            "update_norm": led(lambda: weights.update_norm(self._start_folder(), model)),
         }  # fmt: skip
 
     def _wanted(self, trip: Trip, number: int) -> Sequence[Measured]:
@@ -281,10 +280,13 @@ class Rounds:
         earlier = [task for task in tasks[: number - 1] if task.task == own.task]
         write_rows(path, [*read_rows(str(own.train)), *replayed(earlier, options, trip.seed)])
 
-    def _start(self, model: str | None = None) -> Recipe:
-        """The evaluation of the first task, of the start model or another."""
-        recipe = self.course.measure_recipe(self.tasks[0])
-        return _of_model(self._at(self.tasks[0], recipe), model)
+    def _start(self) -> Recipe:
+        """The evaluation of the start model on the first task."""
+        return self._at(self.tasks[0], self.course.measure_recipe(self.tasks[0]))
+
+    def _start_folder(self) -> Path:
+        """The start model as a folder, in the dtype of training, whatever the file calls it (rank 0 alone)."""
+        return weights.start_folder(self._start(), self.folder / "start")
 
     def _at(self, measured: Measured, recipe: Recipe) -> Recipe:
         """The recipe with the rendered files."""
@@ -389,9 +391,7 @@ def _look(folder: Path) -> str:
     return "new"
 
 
-def _of_model(recipe: Recipe, model: str | None) -> Recipe:
-    if model is None:
-        return recipe
+def _of_model(recipe: Recipe, model: str) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": model})})
 
 

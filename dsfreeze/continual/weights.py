@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from dsfreeze.job import load_task
 from dsfreeze.model import load_tokenizer
@@ -48,9 +49,27 @@ def half_reset(start: Path, end: Path, recipe: Recipe, out: Path) -> None:
     reset_frozen(start, end, recipe, out)
 
 
-@torch.no_grad()
-def update_norm(start: Recipe, end: Recipe) -> float:
-    """The L2 norm of end - start over all parameters, a tied one once; summed in float64."""
-    one, other = (dict(load_task(recipe)[2].named_parameters()) for recipe in (start, end))
+def update_norm(start: Path, end: Path) -> float:
+    """The L2 norm of end - start over all weights of two model folders, a tied one once; summed in float64, tensor by tensor."""
+    one, other = _tensors(start), _tensors(end)
     assert one.keys() == other.keys(), sorted(one.keys() ^ other.keys())
-    return math.sqrt(math.fsum(float((other[name].double() - one[name].double()).square().sum()) for name in one))
+    squares = []
+    for name in one:
+        before, after = (_read(files[name], name).double() for files in (one, other))
+        squares.append(float((after - before).square().sum()))
+    return math.sqrt(math.fsum(squares))
+
+
+def _tensors(folder: Path) -> dict[str, Path]:
+    """The file of every tensor."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
+
+
+def _read(path: Path, name: str) -> torch.Tensor:
+    with safe_open(path, "pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor
