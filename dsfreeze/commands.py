@@ -63,7 +63,10 @@ def evaluate_recipe(recipe: Recipe, run: Path | None = None) -> dict[str, float]
         together(lambda: reference_of_run(data, run))
         engine = evaluation_engine(module, read_anatomy(module, recipe.model.name), recipe)
         engine.objective = objective_of(recipe)
-        return evaluate(engine, data, recipe)
+        try:
+            return evaluate(engine, data, recipe)
+        finally:
+            engine.close()  # one process may evaluate many models
 
 
 def fill_cache(recipe: Recipe, console: Console) -> dict[str, Any]:

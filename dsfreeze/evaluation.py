@@ -51,8 +51,11 @@ def evaluate(engine: Engine, task_data: TaskData, recipe: Recipe, around: Around
     items = sum(row[1] for row in judged)
     texts: Sequence[str] = ()
     references: Sequence[str] = ()
+    sources: Sequence[str] = ()
     if metrics.generates(task_data.metrics):
-        texts, references = _generate_all(engine, task_data, size, recipe.data.max_new_tokens)
+        assert task_data.prompts is not None, "prepare() makes prompts for every task whose metrics generate"
+        texts = _generate_all(engine, task_data, size, recipe.data.max_new_tokens)
+        references, sources = task_data.prompts.references, task_data.prompts.sources
     outcome = metrics.Outcome(
         loss=math.fsum(row[0] for row in judged) / max(items, 1),
         truth=[row[2] for row in judged],
@@ -60,6 +63,7 @@ def evaluate(engine: Engine, task_data: TaskData, recipe: Recipe, around: Around
         labels=task_data.labels or (),
         texts=texts,
         references=references,
+        sources=sources,
     )
     return metrics.compute(task_data.metrics, outcome)
 
@@ -161,12 +165,10 @@ _JUDGES: dict[str, Callable[[torch.Tensor, torch.Tensor], Judged]] = {
 # -- from generated text -------------------------------------------------------------------------------------------
 
 
-def _generate_all(
-    engine: Engine, task_data: TaskData, size: int, max_new_tokens: int
-) -> tuple[list[str], Sequence[str]]:
-    """The model's answer to every prompt, greedy, and the references."""
+def _generate_all(engine: Engine, task_data: TaskData, size: int, max_new_tokens: int) -> list[str]:
+    """The model's answer to every prompt, greedy."""
     prompts = task_data.prompts
-    assert prompts is not None, "prepare() makes prompts for every task whose metrics generate"
+    assert prompts is not None
     tokenizer, fill = task_data.tokenizer, pad_id(task_data.tokenizer)
 
     def run(chosen: np.ndarray) -> list[str]:
@@ -179,4 +181,4 @@ def _generate_all(
         return tokenizer.batch_decode(answers.cpu(), skip_special_tokens=True)
 
     lengths = np.asarray([len(ids) for ids in prompts.input_ids])
-    return over_all(engine, lengths, size, run), prompts.references
+    return over_all(engine, lengths, size, run)

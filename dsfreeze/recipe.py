@@ -89,9 +89,10 @@ class DataOptions(Section):
     """seq2seq: text before every source ("translate English to German: ")."""
     metrics: Texts | None = None
     """Evaluation metrics; None takes the task's own. Of: accuracy, f1, f1_macro, matthews, pearson, spearman,
-    entity_f1, perplexity, rouge, bleu, exact_match, reward_accuracy, reward_margin, rewards."""
+    entity_f1, perplexity, reward_accuracy, reward_margin, rewards; and of generated answers rouge, bleu, exact_match,
+    strict_match, first_char, rouge_l, edit_similarity, sari."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
-    """Longest generated answer, for metrics that generate (rouge, bleu, exact_match)."""
+    """Longest generated answer, in tokens, for the metrics of generated answers."""
 
     @field_validator("text")
     @classmethod

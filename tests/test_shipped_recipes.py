@@ -22,8 +22,12 @@ METRICS = {
 }  # fmt: skip
 
 
+#: Sequences of tasks, which tests/test_continual_cli.py runs.
+SEQUENCES = {"continual"}
+
+
 def test_there_is_a_case_for_every_recipe():
-    assert {path.stem for path in (ROOT / "recipes").glob("*.yaml")} == set(METRICS)
+    assert {path.stem for path in (ROOT / "recipes").glob("*.yaml")} == {*METRICS, *SEQUENCES}
 
 
 @pytest.mark.slow

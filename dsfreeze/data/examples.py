@@ -105,6 +105,8 @@ class Prompts:
     references: Sequence[str]
     encoder: bool
     """True when the prompt goes to an encoder, so that the output does not start with it."""
+    sources: Sequence[str] = ()
+    """What is asked, as text: of a chat its turns before the answer."""
 
 
 @dataclass(frozen=True)

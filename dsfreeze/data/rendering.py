@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: For tokenizers of base models, which bring none; written into the tokenizer, so that an exported model carries it.
+#: For tokenizers of base models, which bring none; written into the tokenizer, so that an exported model carries it. An answer stands
+#: on a line of its own: after a blank, a sentencepiece tokenizer would join the blank to its first word, which would not be learnt.
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + (eos_token or '') + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{{ 'Assistant:\n' + message['content'] + (eos_token or '') + '\n' }}"
     "{% else %}{{ message['role'].capitalize() + ': ' + message['content'] + '\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
 )
 
 
@@ -48,7 +49,7 @@ def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
     require_fast(tokenizer)
     if not tokenizer.chat_template:
         logger.warning(
-            "The tokenizer has no chat template: chats are written as 'User: ...' and 'Assistant: ...' lines."
+            "The tokenizer has no chat template: chats are written as lines of 'User: ...' and 'Assistant:'."
         )
         tokenizer.chat_template = PLAIN_TEMPLATE
 

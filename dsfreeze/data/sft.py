@@ -61,11 +61,12 @@ def _examples(table: Table, *, options: DataOptions, tokenizer: PreTrainedTokeni
 
 def _prompts(table: Table, options: DataOptions, tokenizer: PreTrainedTokenizerBase) -> Prompts:
     """Each chat up to its last answer, and that answer."""
-    texts, references = [], []
+    texts, references, sources = [], [], []
     for chat in _chats(table, options):
         last = max(index for index, message in enumerate(chat) if message["role"] == "assistant")
         texts.append(fill_template(chat[:last], tokenizer, ask=True))
         references.append(chat[last]["content"])
+        sources.append("\n".join(message["content"] for message in chat[:last]))
     # The end of a prompt is what the answer follows: one that is too long loses its beginning.
     ids = [row[-options.max_length :] for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    return Prompts(ids, references, encoder=False)
+    return Prompts(ids, references, encoder=False, sources=sources)

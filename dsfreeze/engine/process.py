@@ -6,6 +6,7 @@ or in the engines makes DeepSpeed compile an op: the one it would build for comm
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -151,6 +152,14 @@ def together(action: Callable[[], T]) -> T:
     if problem:
         raise UserError(f"On rank {rank}: {problem}")
     return result
+
+
+def led(action: Callable[[], T]) -> T:
+    """What `action`, which rank 0 alone runs, returns there, on every rank (collective): a value that JSON holds. Its failure is an
+    error on all of them, as in `together`."""
+    text = together(lambda: json.dumps(action()) if read_ranks().rank == 0 else "")
+    value: T = json.loads(everyones(text)[0])
+    return value
 
 
 def everyones(value: str) -> list[str]:
