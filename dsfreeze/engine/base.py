@@ -226,7 +226,7 @@ class BaseEngine(ABC):
             assert piece.gradient is not None
             piece.gradient.zero_()
 
-    def _renew_norms(self) -> None:
+    def _renew_norms(self) -> None:  # noqa: B027 (nothing is known of them but themselves)
         """Make what is known of gradients follow an edit."""
 
     def sum_over_pieces(self, values: list[float]) -> list[float]:

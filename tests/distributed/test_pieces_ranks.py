@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from forks import run_ranks
-from tiny import examples, llama_anatomy, micro_batches, phase_of, recipe_of, tiny_llama, train_steps
+from tiny import examples, llama_anatomy, micro_batches, phase_of, recipe_of, tiny_llama
 from zero_kit import LAYOUTS, make_local, make_zero
 
 from dsfreeze.engine.process import process_group
