@@ -127,6 +127,8 @@ class Run:
     def _open_journal(self, engine: Engine, resume_step: int | None) -> None:
         environment = describe_environment(engine.device, engine.world_size)
         self.journal.open(self.job.recipe, self.job.first_plan, environment, engine.config, resume_step=resume_step)
+        for term in self.terms:
+            self.journal.event("retain", method=self.job.recipe.retain.method, rule=term.rule)
 
     def _run(self, engine: Engine) -> dict[str, Any]:
         with Interrupt() as interrupt:

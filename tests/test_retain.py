@@ -13,6 +13,7 @@ import torch
 from retain_kit import STEPS, exported, plain_run, require_close, task_recipe
 from safetensors.torch import load_file, save_file
 from tiny import llama_anatomy, tiny_llama
+from tiny_runs import classification_data
 from torch.nn import functional as F
 
 from dsfreeze.errors import UserError
@@ -57,6 +58,8 @@ def test_l2_sp_is_a_term_of_the_loss(tmp_path, start):
     require_close(tmp_path / "run2", job)
     assert penalties(tmp_path / "run2") == pytest.approx(wanted, rel=1e-4, abs=1e-9)
     assert max(wanted) > 1e-3
+    (told,) = (event for event in read_record(tmp_path / "run2").events if event["event"] == "retain")
+    assert told["rule"].startswith("L2-SP")
 
 
 def fisher_of(job, weights, number):
@@ -194,6 +197,19 @@ def test_der_adds_both_means(tmp_path):
     assert penalties(tmp_path / "run2") == pytest.approx(wanted, rel=1e-4)
     rows = (tmp_path / "memory2" / "examples.jsonl").read_text().splitlines()
     assert [json.loads(row)["of_task"] for row in rows] == [1] * 6 + [2] * 6
+
+
+@pytest.mark.parametrize("method", ["ewc", "der", "a_gem"])
+def test_classes_and_a_fresh_head(tmp_path, method):
+    """Oracle: what lies in the memory. A fresh head is the task's own; kept rows have a label and its three logits."""
+    retain = {"method": method, "fisher_examples": 4} if method == "ewc" else {"method": method, "memory_examples": 4}
+    task = {"task": "classification", "data": classification_data(tmp_path / "classes")}
+    train(task_recipe(tmp_path, 1, retain, **task))
+    shapes = open_memory(prepare_job(task_recipe(tmp_path, 2, retain, **task))).shapes
+    assert not any("score" in key for key in shapes)
+    assert shapes.get("logits", (4, 3)) == (4, 3)
+    train(task_recipe(tmp_path, 2, retain, **task))
+    assert all(line["penalty"] >= 0 for line in read_record(tmp_path / "run2").steps)
 
 
 # -- directions ---------------------------------------------------------------------------------------------------

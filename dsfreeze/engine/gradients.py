@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from dsfreeze.engine.rebuild import synchronize
+
 
 def gradient_shares(engine: Any) -> list[torch.Tensor]:
     """This rank's share of the gradient of each of `flats_of`, 1-D (trailing padding left out) or whole."""
@@ -19,6 +21,7 @@ def gradient_shares(engine: Any) -> list[torch.Tensor]:
     if masters is None:
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in _weights(wrapper)]
     if _offloads(wrapper):
+        synchronize()  # copies from a GPU may still be on their way
         return [master.grad for master in masters]
     held = wrapper.averaged_gradients
     return [torch.cat([g.reshape(-1) for g in held[number]]) for number in range(len(masters))]
@@ -31,6 +34,7 @@ def gradient_views(engine: Any) -> list[list[torch.Tensor]]:
     if masters is None:
         return [[whole_gradient(p)] for p in _weights(wrapper)]
     if _offloads(wrapper):
+        synchronize()
         return [[master.grad] for master in masters]
     held = wrapper.averaged_gradients
     for number in range(len(masters)):

@@ -81,7 +81,7 @@ def _sharded_weights(engine: Any, groups: ParamGroups) -> None:
         hook.remove()
     forget_trace(offload)
     old.ipg_buckets.clear()
-    _synchronize()
+    synchronize()
     _unpin(engine, groups)
     for parameter in engine.module.parameters():  # else the old wrapper lives on while the new one is built
         parameter.__dict__.pop("_z3_optimizer", None)
@@ -180,7 +180,7 @@ def forget_trace(offload: Any) -> None:
     inspect.getclosurevars(cached).nonlocals["func"].cache_clear()  # DeepSpeed wraps it for its profiler
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().is_available():

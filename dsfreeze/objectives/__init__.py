@@ -31,6 +31,9 @@ class Term:
     """Something beside the objective, such as a penalty or a projection of the gradient; as it stands it does nothing. Every rank
     has its own; calls are collective where an engine's are."""
 
+    #: What it is and in which version, for the record.
+    rule: str = ""
+
     def start(self, engine: Engine) -> None:
         """Before anything else: the engine holds the weights that the run starts from, also where a checkpoint's follow."""
 

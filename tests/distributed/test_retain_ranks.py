@@ -15,12 +15,12 @@ from dsfreeze.recipe import Recipe
 from dsfreeze.record import read_record
 
 LORA = {"freeze": {"strategy": "lora", "fraction": 0.0, "adapter": {"kind": "lora", "r": 3, "categories": ["q", "v"]}}}
-#: (retain, changes, stages)
+#: (retain, changes, stages); of der's one kept example a draw, rank 1 gets none
 CASES = {
     "l2_sp": ({"method": "l2_sp", "weight": 2.0, "start": "sequence"}, {}, ["zero1"]),
     "ewc": ({"method": "ewc", "weight": 0.5, "fisher_examples": 5}, {}, ["zero2", "zero3"]),
     "gem": ({"method": "gem", "memory_examples": 6, "memory_batch_size": 3}, {}, ["zero2", "zero3"]),
-    "der": ({"method": "der", "memory_examples": 6, "memory_batch_size": 3, "top_k": 5}, {}, ["zero0", "zero3"]),
+    "der": ({"method": "der", "memory_examples": 6, "memory_batch_size": 1, "top_k": 5}, {}, ["zero0", "zero3"]),
     "o_lora": ({"method": "o_lora", "weight": 0.05, "l2": 0.1}, LORA, ["zero2", "zero3"]),
     "osf": ({"method": "osf"}, {}, ["zero2", "zero3"]),
     "packnet": ({"method": "packnet"}, {}, ["zero3"]),

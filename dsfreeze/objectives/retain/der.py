@@ -55,6 +55,8 @@ class Replay(Objective):
 class Der(Term):
     """Holds the stored logits in host memory and, while a step is made, a gradient of this rank's pieces."""
 
+    rule = "DER++, arXiv 2004.07211 equation 6, on the largest logits at the end of a task"
+
     def __init__(self, job: Job, memory: Memory) -> None:
         self.job, self.memory, self.options = job, memory, job.recipe.retain
         self.replay = Replay(job.data, self.options.alpha, self.options.beta)

@@ -28,6 +28,8 @@ from dsfreeze.objectives.retain.memory import Memory, write_memory
 class Ewc(Anchored):
     """Holds F and theta* of the pieces."""
 
+    rule = "EWC, arXiv 1612.00796, online (1805.06370), with 1/2; F a mean of squared gradients over all ranks"
+
     def __init__(self, job: Job, memory: Memory) -> None:
         super().__init__(job, memory)
         if self.options.fisher_labels == "model" and (job.recipe.task == "seq2seq" or job.data.num_labels == 1):

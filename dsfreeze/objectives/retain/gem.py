@@ -33,6 +33,8 @@ FLAT = 1e-9
 class Gem(Term):
     """Holds, while a step is made, a gradient of this rank's pieces for each earlier task."""
 
+    rule = "GEM, arXiv 1706.08840, on reduced whole gradients; examples drawn anew each step"
+
     def __init__(self, job: Job, memory: Memory) -> None:
         self.job, self.memory, self.options = job, memory, job.recipe.retain
         self._gradients: list[list[torch.Tensor]] = []
@@ -86,6 +88,8 @@ class Gem(Term):
 
 class AGem(Gem):
     """One gradient for all earlier tasks."""
+
+    rule = "A-GEM, arXiv 1812.00420, on reduced whole gradients"
 
     def _groups(self) -> Sequence[Sequence[Kept]]:
         return [self.memory.examples] if self.memory.examples else []

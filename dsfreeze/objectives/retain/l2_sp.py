@@ -17,6 +17,8 @@ from dsfreeze.objectives.retain.memory import write_memory
 class L2Sp(Anchored):
     """Holds a copy of the pieces' start."""
 
+    rule = "L2-SP, arXiv 1802.01483 equation 2; a fresh head left out"
+
     def _hold(self, piece: Piece) -> tuple[torch.Tensor | float, torch.Tensor]:
         key = f"start/{piece.name}"
         if self.options.start == "sequence" and key in self.memory.shapes:

@@ -80,10 +80,13 @@ def open_memory(job: Job) -> Memory:
                 f"retain.memory: {folder / name} is missing, cut short or changed since it was written. Put it back, or run "
                 "the earlier task again."
             )
-    with safe_open(folder / TENSORS, "pt") as content:
-        shapes = {key: tuple(content.get_slice(key).get_shape()) for key in content.keys()}  # noqa: SIM118
-    lines = (folder / EXAMPLES).read_text(encoding="utf-8").splitlines()
-    return Memory(folder, manifest["num_tasks"], [json.loads(line) for line in lines], shapes, manifest["sha256"])
+    try:
+        with safe_open(folder / TENSORS, "pt") as content:
+            shapes = {key: tuple(content.get_slice(key).get_shape()) for key in content.keys()}  # noqa: SIM118
+        examples = [json.loads(line) for line in (folder / EXAMPLES).read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"retain.memory: {folder} cannot be read: {error}.") from None
+    return Memory(folder, manifest["num_tasks"], examples, shapes, manifest["sha256"])
 
 
 def open_alike(job: Job) -> Memory:
@@ -137,10 +140,12 @@ def _require_same(folder: Path, manifest: Mapping[str, Any], job: Job) -> None:
 
 def require_writable(folder: Path) -> None:
     """UserError when something is there that is no memory, or the folder cannot be made."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise UserError(f"retain.remember: {folder} holds something that is no memory of a task. Name another folder.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+            raise UserError(
+                f"retain.remember: {folder} holds something that is no memory of a task. Name another folder."
+            )
     except OSError as error:
         raise UserError(f"retain.remember: {folder} cannot be written: {error.strerror}.") from None
 

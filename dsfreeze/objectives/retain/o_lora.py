@@ -24,6 +24,8 @@ A = ".lora_A."
 class OLora(Term):
     """Holds the earlier tasks' A of every matrix, below each other, on every rank; and gathers the new ones at each step."""
 
+    rule = "O-LoRA, arXiv 2310.14152, cmnfriend/O-LoRA 07117e1; earlier adapters merged"
+
     def __init__(self, job: Job, memory: Memory) -> None:
         self.job, self.memory, self.options = job, memory, job.recipe.retain
         trained = job.plan.phases[0].trainable

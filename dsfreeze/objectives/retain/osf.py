@@ -47,6 +47,8 @@ def leading(matrix: torch.Tensor, share: float) -> Leading:
 class Osf(Term):
     """Nothing is handed on: each task's directions are those of the weights that it starts from."""
 
+    rule = "OSF, arXiv 2504.07097, as a projection of whole gradients"
+
     def __init__(self, job: Job, memory: Memory) -> None:
         self.job, self.memory, self.options = job, memory, job.recipe.retain
         matrices = {t.name for t in job.anatomy.block_tensors if len(t.shape) == 2}

@@ -43,6 +43,8 @@ def masks_of(owners: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 class PackNet(Term):
     """Acts at the end of a task alone; while it trains, the plan's masks hold back what is owned."""
 
+    rule = "PackNet, arXiv 1711.05769, without training again after pruning"
+
     def __init__(self, job: Job, memory: Memory) -> None:
         self.job, self.memory, self.options = job, memory, job.recipe.retain
         self.names = names_of(job)
