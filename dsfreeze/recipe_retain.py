@@ -35,7 +35,7 @@ RETAIN_KEYS: dict[str, tuple[str, ...]] = {
 #: In a memory folder: what packnet lets later tasks train.
 MASKS_FILE = "trains.safetensors"
 #: Weight of a method's penalty where the recipe names none.
-WEIGHTS = {"l2_sp": 0.1, "ewc": 400.0, "o_lora": 0.5}
+WEIGHTS = {"l2_sp": 0.1, "ewc": 1.0, "o_lora": 0.5}
 
 
 class RetainOptions(Section):
@@ -48,7 +48,7 @@ class RetainOptions(Section):
     remember: Path | None = None
     """Folder to write at the end for later tasks: what `memory` holds, and this task's share."""
     weight: Annotated[float, Field(ge=0)] | None = None
-    """Weight of the penalty; None takes the method's own (l2_sp 0.1, ewc 400, o_lora 0.5). It is alpha, lambda, lambda_1."""
+    """Weight of the penalty; None takes the method's own (l2_sp 0.1, ewc 1, o_lora 0.5). It is alpha, lambda, lambda_1."""
     start: Literal["task", "sequence"] = "task"
     """l2_sp: pull to the weights that this task started from, or to those that the first task in `memory` did."""
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0

@@ -14,6 +14,7 @@ What this file knows of DeepSpeed 0.19.8 and works around:
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -24,7 +25,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 from dsfreeze.anatomy import Anatomy
-from dsfreeze.engine import TensorState
+from dsfreeze.engine import Piece, TensorState
 from dsfreeze.engine.base import BaseEngine
 from dsfreeze.engine.flats import Flat, Pieces, Range, Slot, lay_out
 from dsfreeze.engine.gradients import gradient_shares, gradient_views, renew_norms
@@ -33,7 +34,7 @@ from dsfreeze.engine.layout import flats_of, gradient_buffers
 from dsfreeze.engine.parcels import Parcel
 from dsfreeze.engine.process import agree, import_deepspeed
 from dsfreeze.engine.ranks import read_ranks
-from dsfreeze.engine.rebuild import close
+from dsfreeze.engine.rebuild import close, quiet
 from dsfreeze.engine.refreeze import ledger_of, refreeze, regroup
 from dsfreeze.engine.support import require_tested_version
 from dsfreeze.errors import UserError
@@ -124,6 +125,10 @@ class ZeroEngine(BaseEngine):
 
     def _renew_norms(self) -> None:
         renew_norms(self.engine)
+
+    def _drop(self, pieces: list[Piece]) -> None:
+        with quiet(logging.ERROR):  # it warns of every step that it does not take
+            super()._drop(pieces)
 
     def _refuse_full_gradients(self) -> None:
         accumulates = self.config.get("data_types", {}).get("grad_accum_dtype")

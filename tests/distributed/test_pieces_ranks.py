@@ -107,6 +107,7 @@ def test_local_edits_and_drops_as_plain_pytorch():
     close(found[:4], wanted[:4], "local", 2e-5)
 
 
+@pytest.mark.slow
 def test_every_stage_edits_and_drops_as_plain_pytorch():
     """Oracle: `plain_training`, with clipping that bites, accumulation, offload and shards that cut tensors."""
     wanted = plain_training()
