@@ -73,5 +73,8 @@ def _problems(job: Job) -> Iterator[str]:
         yield f"{here} runs other examples through the whole model, and the prefix is evicted; write freeze.evict_prefix: false."
     if recipe.data.packing and method in ("ewc", *_OF_EXAMPLES):
         yield f"{here} tells examples apart, and data.packing puts several into one sequence; write data.packing: false."
-    if recipe.task == "preference" and method in ("ewc", "der"):
-        yield f"{here} needs log-probabilities of labels, and task preference compares pairs; use another method."
+    if recipe.task == "preference" and method in ("ewc", *_OF_EXAMPLES):
+        yield (
+            f"{here} needs a loss of single examples, and task preference compares pairs by what a reference model, another one for each "
+            "task, says of them; use l2_sp, o_lora, osf or packnet."
+        )
