@@ -111,7 +111,7 @@ def save(
         write_files(aside, step, state, plan, first_plan or plan, base, trainer_state)
         if final.exists() and not _is_ours(final):
             warnings.warn(f"{final} is no checkpoint of dsfreeze; it is now {_set_aside(final)}.", stacklevel=2)
-        _swap(aside, final)
+        swap(aside, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
@@ -123,7 +123,7 @@ def save(
     return final
 
 
-def _swap(aside: Path, final: Path) -> None:
+def swap(aside: Path, final: Path) -> None:
     """Put `aside` in `final`'s place; there is a whole folder under one of the two names at every moment."""
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)

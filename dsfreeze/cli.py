@@ -172,7 +172,7 @@ def _deepspeed_config(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     from dsfreeze.setting import setting_of
     from dsfreeze.strategies import make_plan
 
-    freeze_plan = make_plan(anatomy, recipe.freeze, _num_steps(recipe), setting_of(recipe, world_size))
+    freeze_plan = make_plan(anatomy, recipe.planned_freeze, _num_steps(recipe), setting_of(recipe, world_size))
     return engine_config(recipe, freeze_plan, freeze_plan.adapted(anatomy), world_size), list(notes)
 
 
@@ -216,7 +216,7 @@ def _plan_picture(recipe: Recipe, world_size: int, as_json: bool) -> int:
 
     anatomy, notes = _anatomy(recipe)
     setting = setting_of(recipe, world_size)
-    freeze_plan = make_plan(anatomy, recipe.freeze, _num_steps(recipe), setting)
+    freeze_plan = make_plan(anatomy, recipe.planned_freeze, _num_steps(recipe), setting)
     freeze_plan = replace(freeze_plan, notes=(*freeze_plan.notes, *notes))
     cost = estimate(
         freeze_plan.adapted(anatomy), freeze_plan, num_steps=_num_steps(recipe),

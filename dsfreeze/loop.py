@@ -33,6 +33,7 @@ from dsfreeze.interrupt import Interrupt, Interrupted
 from dsfreeze.job import Job, prepare_job
 from dsfreeze.journal import Journal
 from dsfreeze.objectives import Term, objective_of
+from dsfreeze.objectives.retain import terms_of
 from dsfreeze.phases import Phases
 from dsfreeze.prediction import predict, sentence
 from dsfreeze.prefix.ahead import ReadAhead, Ready
@@ -95,6 +96,7 @@ class Run:
             self.job.plan = resumed.plan  # an adaptive plan, as far as it has been decided
         if resumed:
             recall_reference(self.job, resumed)
+        self.terms = terms_of(self.job)
         engine: Engine | None = None
         try:
             if self.job.eviction is not None:
@@ -104,6 +106,8 @@ class Run:
             self.phases.start(engine, resumed.step if resumed else 0)
             if self.job.recipe.data.packing:
                 check_packing(engine.no_grad_forward, self.job.module.config.vocab_size)
+            for term in self.terms:
+                term.start(engine)
             if resumed:
                 self._resume(engine, resumed)
             together(lambda: self._open_journal(engine, resumed.step if resumed else None))
@@ -127,6 +131,8 @@ class Run:
     def _open_journal(self, engine: Engine, resume_step: int | None) -> None:
         environment = describe_environment(engine.device, engine.world_size)
         self.journal.open(self.job.recipe, self.job.first_plan, environment, engine.config, resume_step=resume_step)
+        for term in self.terms:
+            self.journal.event("retain", method=self.job.recipe.retain.method, rule=term.rule)
 
     def _run(self, engine: Engine) -> dict[str, Any]:
         with Interrupt() as interrupt:
@@ -142,6 +148,8 @@ class Run:
         memory = engine.memory()
         if self.seconds:
             self.phases.look(engine, self.step)
+        for term in self.terms:
+            term.finish(engine)
         self._evaluate(engine, "after")
         return self._finish(engine, memory)
 
@@ -151,6 +159,8 @@ class Run:
         self.prefix.enter(engine, phase, self.step)
         # dropout depends on (seed, step, rank) alone, so a resumed run needs no generator state
         torch.manual_seed(hash((self.options.seed, self.step, engine.rank)) % 2**63)
+        for term in self.terms:
+            term.before_passes(engine, self.step)
         loss = 0.0
         for (batch, items), chosen, staged in zip(step.micro_batches, step.chosen, ready.staged, strict=True):
             self.fullest = max(self.fullest, tuple(batch["input_ids"].shape), key=math.prod)
@@ -180,6 +190,8 @@ class Run:
             "seconds": seconds, "tokens": int(tokens), "tokens_per_second": tokens / seconds,
             "memory_allocated": memory.allocated, "memory_peak": memory.peak, "phase": phase.first_step,
         }  # fmt: skip
+        if self.terms:
+            line["penalty"] = sum(term.value(engine) for term in self.terms)
         self.journal.step(line, track=self.step % self.options.logging_steps == 0 or self.step == self.total)
         bar.advance(self.step, loss, tokens / seconds)
         self.phases.after_step(engine, self.step, loss, learning_rate)

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dsfreeze.recipe_freeze import FREEZE_KEYS, SCORES_FORM, AdapterOptions, FreezeOptions, Strategy
 from dsfreeze.recipe_preference import PREFERENCE_KEYS, PreferenceOptions
-from dsfreeze.recipe_retain import RetainOptions
+from dsfreeze.recipe_retain import MASKS_FILE, RetainOptions
 from dsfreeze.recipe_section import Limits, Section, Seed, Texts, checked_limits, refuse_unread
 
 __all__ = [
@@ -280,6 +280,14 @@ class Recipe(Section):
     @classmethod
     def _name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def planned_freeze(self) -> FreezeOptions:
+        """What a run of this recipe plans by: `freeze`, with what earlier tasks own held back where packnet retains them."""
+        memory, given = self.retain.memory, self.freeze.mask_file
+        if self.retain.method != "packnet" or memory is None or given is not None:
+            return self.freeze
+        return self.freeze.model_copy(update={"mask_file": memory / MASKS_FILE})
 
     @property
     def digest(self) -> str:

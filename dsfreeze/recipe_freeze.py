@@ -186,6 +186,9 @@ class FreezeOptions(Section):
     """LLaMA-Factory's spelling: n > 0 trains the last n layers, n < 0 the first -n; embedding, norm and head frozen."""
     adapter: AdapterOptions | None = None
     """Adapters on the trainable layers instead of their own weights."""
+    mask_file: Path | None = None
+    """Of the tensors in this file (safetensors of booleans by tensor name, as retain.method packnet leaves them) only the elements
+    that are true train, whatever the strategy; not with one that decides as it runs."""
 
     # -- moving: what trains changes on the way (docs/methods/)
     active_layers: Annotated[int, Field(ge=1)] | None = None
@@ -320,6 +323,10 @@ class FreezeOptions(Section):
         if self.evict_prefix and self.prefix_cache == "off":
             raise ValueError(
                 "evict_prefix trains on cached states alone, and prefix_cache is off; write memory, disk or auto"
+            )
+        if self.mask_file is not None and self.strategy in _ADAPTIVE:
+            raise ValueError(
+                f"mask_file needs a plan that is made beforehand, and '{self.strategy}' decides as it runs"
             )
         if self.strategy == "half":
             self._agree_on_half()

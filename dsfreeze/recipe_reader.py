@@ -23,9 +23,9 @@ COMMAND_LINE = "command line"
 SECTIONS: dict[Key, type[Section]] = dict(sections())
 #: Keys whose text may be a path; `locate` says from where it counts.
 PATHS: tuple[Key, ...] = (
-    ("model", "name"), ("data", "train"), ("data", "eval"), ("freeze", "scores"), ("zero",),
+    ("model", "name"), ("data", "train"), ("data", "eval"), ("freeze", "scores"), ("freeze", "mask_file"), ("zero",),
     ("train", "resume_from_checkpoint"), ("train", "output_dir"), ("analyze", "output_dir"), ("analyze", "reference"),
-    ("analyze", "checkpoint"), ("analyze", "drift_from"),
+    ("analyze", "checkpoint"), ("analyze", "drift_from"), ("retain", "memory"), ("retain", "remember"),
 )  # fmt: skip
 #: Other trainers' spellings of keys, and the strategy that each implies.
 PEERS: dict[Key, tuple[Key, str]] = {

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +19,9 @@ import torch
 from torch import nn
 
 from dsfreeze.anatomy import Anatomy
-from dsfreeze.engine import Memory, Movement, TensorState
+from dsfreeze.engine import Memory, MicroBatches, Movement, Piece, TensorState
 from dsfreeze.engine.flats import Flat, whole
+from dsfreeze.engine.gradients import view_of
 from dsfreeze.engine.groups import Group, by_name, group_tensors, set_learning_rate
 from dsfreeze.engine.holding import Holding
 from dsfreeze.engine.masks import Bits
@@ -148,12 +151,15 @@ class BaseEngine(ABC):
         assert self._modes is not None, "enter a phase first"
         self._check_flags()
         self._modes.train()
+        return self._pass(batch, weight, self.objective)
+
+    def _pass(self, batch: Mapping[str, torch.Tensor], weight: float, objective: Objective) -> float:
         batch = self._move(batch)
-        outputs = self._forward(**self.objective.inputs(batch), **self._forward_options)
+        outputs = self._forward(**objective.inputs(batch), **self._forward_options)
         if weight == 0:
             # the mean loss of a filler is over no terms (0/0); this is zero, and reaches every gradient hook
             loss = outputs.logits.sum(dtype=torch.float32) * 0.0
-        elif (own := self.objective.loss(outputs, batch)) is None:
+        elif (own := objective.loss(outputs, batch)) is None:
             raise UserError("The batch has no labels: the model computed no loss.")
         else:
             loss = own.float() * weight
@@ -168,6 +174,79 @@ class BaseEngine(ABC):
             self._gradients = self._measure_gradients()
         set_learning_rate(self.optimizer, learning_rate, own_rates or {})
         return self._update()
+
+    # -- pieces ------------------------------------------------------------------------------------------------
+
+    def pieces(self) -> list[Piece]:
+        return [
+            Piece(part.slot.name, part.first, part.last, part.of(flat.tensor.detach().reshape(-1)))
+            for flat in self.flats
+            for part in flat.parts()
+        ]
+
+    @contextmanager
+    def edited_gradients(self) -> Iterator[list[Piece]]:
+        with torch.no_grad():
+            parts = [
+                (part, view_of(held, part.at, part.last - part.first))
+                for flat, held in zip(self.flats, self._gradient_views(), strict=True)
+                for part in flat.parts()
+            ]
+            yield [replace(piece, gradient=gradient) for piece, (_, gradient) in zip(self.pieces(), parts, strict=True)]
+            for part, gradient in parts:  # an edit knows of no masks, and norms are of what trains
+                self.holding.zero(part.slot.name, gradient, part.first)
+            self._renew_norms()
+
+    def scratch_gradients(
+        self,
+        micro_batches: MicroBatches,
+        take: Callable[[list[Piece]], None],
+        *,
+        objective: Objective | None = None,
+        squared: bool = False,
+    ) -> float:
+        assert self._modes is not None, "enter a phase first"
+        self._check_flags()
+        if squared:
+            self._modes.evaluate()
+        else:
+            self._modes.train()
+        hooks = [self._named[name].register_hook(self._square) for name in self._trainable if squared]
+        try:
+            loss = sum(self._pass(batch, weight, objective or self.objective) for batch, weight in micro_batches)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        with self.edited_gradients() as pieces:
+            take(pieces)
+            self._drop(pieces)
+        return loss
+
+    def _square(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Of a gradient that is `world_size` times one batch's, and will be averaged over the ranks: what sums up to squares."""
+        return gradient.square() / self.world_size
+
+    def _drop(self, pieces: list[Piece]) -> None:
+        """Give a step up: one whose gradient is not finite is not taken at any stage, and leaves every count in order."""
+        for piece in pieces[:1]:
+            assert piece.gradient is not None
+            piece.gradient[:1] = torch.inf
+        self._renew_norms()
+        norm = self._update()
+        assert not math.isfinite(norm), "the step was given up"
+        for piece in pieces:  # some of the buffers are used again
+            assert piece.gradient is not None
+            piece.gradient.zero_()
+
+    def _renew_norms(self) -> None:  # noqa: B027 (nothing is known of them but themselves)
+        """Make what is known of gradients follow an edit."""
+
+    def sum_over_pieces(self, values: list[float]) -> list[float]:
+        return self.sum(values) if any(flat.world_size > 1 for flat in self.flats) else values
+
+    def join(self, name: str, first: int, mine: torch.Tensor | None) -> torch.Tensor:
+        assert mine is not None, "what is not sharded is held by every rank"
+        return mine.float()
 
     # -- measuring ---------------------------------------------------------------------------------------------
 
@@ -205,9 +284,7 @@ class BaseEngine(ABC):
         """Of every trained tensor two numbers, summed over the ranks' shares; where every rank holds the whole, its own."""
         nothing = torch.zeros(2, dtype=torch.float64, device=self.device)
         held = [torch.stack(pairs[name]).to(self.device) if name in pairs else nothing for name in self._trainable]
-        totals = torch.cat(held).tolist()  # one transfer for all of them
-        if any(flat.world_size > 1 for flat in self.flats):
-            totals = self.sum(totals)
+        totals = self.sum_over_pieces(torch.cat(held).tolist())  # one transfer for all of them
         return dict(zip(self._trainable, zip(totals[::2], totals[1::2], strict=True), strict=True))
 
     # -- evaluation --------------------------------------------------------------------------------------------
@@ -227,7 +304,10 @@ class BaseEngine(ABC):
         return float(loss.detach())
 
     def read_weight(self, name: str) -> torch.Tensor:
-        return self._named[name].detach().to("cpu", copy=True)
+        return self.whole_weight(name).to("cpu", copy=True)
+
+    def whole_weight(self, name: str) -> torch.Tensor:
+        return self._named[name].detach()
 
     @torch.no_grad()
     def generate(self, batch: Mapping[str, torch.Tensor], **options: Any) -> torch.Tensor:
@@ -428,6 +508,10 @@ class BaseEngine(ABC):
     @abstractmethod
     def _gradient_shares(self) -> list[torch.Tensor]:
         """For each flat this rank's share of the step's gradient, before clipping."""
+
+    @abstractmethod
+    def _gradient_views(self) -> list[list[torch.Tensor]]:
+        """For each flat the contiguous tensors that, end to end, are this rank's share of the step's gradient: not copies."""
 
     @abstractmethod
     def _parked(self) -> list[Parcel]:

@@ -90,6 +90,11 @@ class Holding:
             name, view = part.slot.name, part.of(values)
             yield name, _only(self._trained(name, part.first, view), view) if name in self.masks else view
 
+    def zero(self, name: str, gradient: torch.Tensor, first: int) -> None:
+        """Zero a gradient (1-D, elements from `first` on of a tensor) where its elements are held back, in place."""
+        if name in self.masks:
+            gradient.masked_fill_(~self._trained(name, first, gradient), 0)
+
     def held(self, name: str, values: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Elements from `first` on of a masked tensor (1-D; what is beyond its end is padding), with zeros where they train."""
         bits = self.masks[name]

@@ -7,7 +7,7 @@ An objective sees one micro-batch; a term sees the engine, and has its say once 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -37,18 +37,25 @@ def objective_of(recipe: Recipe) -> Objective:
     return Preference(recipe.preference.loss, recipe.preference.beta)
 
 
-class Term(Protocol):
-    """Something beside the objective, such as a penalty or a projection of the gradient. Every rank has its own; calls are
-    collective where an engine's are."""
+class Term:
+    """Something beside the objective, such as a penalty or a projection of the gradient; as it stands it does nothing. Every rank
+    has its own; calls are collective where an engine's are."""
+
+    #: What it is and in which version, for the record.
+    rule: str = ""
 
     def start(self, engine: Engine) -> None:
-        """Before the first step, when the engine holds the weights (those of the checkpoint, if there is one)."""
+        """Before anything else: the engine holds the weights that the run starts from, also where a checkpoint's follow."""
+
+    def before_passes(self, engine: Engine, step: int) -> None:
+        """Before a step's passes, when gradients of other passes can be taken; `step` counts from 0."""
 
     def before_step(self, engine: Engine, step: int) -> None:
-        """Between a step's backward passes and its update; `step` counts from 0."""
+        """Between a step's backward passes and its update."""
 
     def value(self, engine: Engine) -> float:
-        """What it adds to the loss at the step's weights, the same on every rank."""
+        """What it added to the loss of the step, the same on every rank."""
+        return 0.0
 
     def finish(self, engine: Engine) -> None:
-        """After the last step: leave what later tasks need."""
+        """After the last step, before the last evaluation and the export: leave what later tasks need."""

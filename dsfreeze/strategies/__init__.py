@@ -14,6 +14,7 @@ from dsfreeze.recipe import FreezeOptions
 from dsfreeze.setting import Setting
 from dsfreeze.strategies import budgeted, half, progressive, rotating, salf, static
 from dsfreeze.strategies.adaptive import ADAPTIVE
+from dsfreeze.strategies.mask_file import with_masks
 
 #: (anatomy without adapters, options, optimizer steps of the run or None) -> plan
 Strategy = Callable[[Anatomy, FreezeOptions, int | None], FreezePlan]
@@ -60,5 +61,7 @@ def make_plan(
     if options.strategy not in STRATEGIES:
         raise UserError(f"There is no strategy '{options.strategy}'.{did_you_mean(options.strategy, STRATEGIES)}")
     if options.strategy == "budget":
-        return budgeted.budget(anatomy, options, num_steps, setting)
-    return STRATEGIES[options.strategy](anatomy, options, num_steps)
+        plan = budgeted.budget(anatomy, options, num_steps, setting)
+    else:
+        plan = STRATEGIES[options.strategy](anatomy, options, num_steps)
+    return plan if options.mask_file is None else with_masks(plan, anatomy, options.mask_file)
