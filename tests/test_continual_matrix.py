@@ -31,6 +31,11 @@ def test_three_tasks():
     assert list(THREE.numbers()) == ["op", "bwt", "bwt_over_t", "forgetting", "fwt", "learning_accuracy"]
 
 
+def test_a_task_that_still_gains_is_forgotten_less_than_nothing():
+    """The last round is no candidate for the best one: 50 - 60."""
+    assert Matrix([[50, 0], [60, 70]]).forgetting() == -10
+
+
 @pytest.mark.parametrize("matrix", [Matrix([[80, 10]], [1, 2]), Matrix([], [1, 2]), Matrix([])])
 def test_an_unfinished_sequence_has_no_numbers(matrix):
     assert set(matrix.numbers().values()) == {None}
