@@ -15,7 +15,8 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from dsfreeze.continual.rendering import Rendered, Row, answer_of, prompt_of
-from dsfreeze.data import sft
+from dsfreeze.data.examples import IGNORED
+from dsfreeze.data.rendering import mask, render
 from dsfreeze.errors import UserError
 from dsfreeze.metrics import generates
 
@@ -123,10 +124,10 @@ def fitted(
 
 def _lengths(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """Tokens of a row's prompt and of its answer, with the mark that ends it."""
-    chat = sft.render([*row["prompt"], *row["completion"]], tokenizer)[-1]
+    chat = render([*row["prompt"], *row["completion"]], tokenizer)[-1]
     encoded = tokenizer(chat.text, add_special_tokens=False, return_offsets_mapping=True)
-    labels = sft.mask(encoded["input_ids"], encoded["offset_mapping"], chat.answers[-1:])
-    answer = sum(label != sft.IGNORED for label in labels)
+    labels = mask(encoded["input_ids"], encoded["offset_mapping"], chat.answers[-1:])
+    answer = sum(label != IGNORED for label in labels)
     return len(labels) - answer, answer
 
 

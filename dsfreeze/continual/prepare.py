@@ -8,7 +8,7 @@ from dsfreeze.continual.checks import bad_pairs, clashes, fitted, refuse, same_c
 from dsfreeze.continual.reading import Course
 from dsfreeze.continual.rendering import Rendered, Row, render
 from dsfreeze.continual.spec import Measured, ProbeSpec
-from dsfreeze.data import sft
+from dsfreeze.data.rendering import PLAIN_TEMPLATE
 from dsfreeze.errors import UserError
 from dsfreeze.model import load_tokenizer
 
@@ -65,7 +65,7 @@ def _fit(
         recipe = course.measure_recipe(measured)
         if tokenizer is None:
             tokenizer = load_tokenizer(recipe.model)
-            tokenizer.chat_template = tokenizer.chat_template or sft.PLAIN_TEMPLATE
+            tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
         found[measured.name], told = fitted(
             found[measured.name], rows[measured.name], recipe, tokenizer, cut=spec.long_answers == "cut", given=_given(course, measured)
         )  # fmt: skip
