@@ -40,7 +40,7 @@ case ${1:-} in
     "$python" -m ruff check .
     "$python" -m ruff format --check .
     "$python" -m mypy
-    exec "$python" -m pytest "$@" ;;
+    exec "$python" -m pytest --numprocesses 2 --dist loadfile "$@" ;;  # -n 0 after it: in one process
 esac
 
 verb=train launcher=(); if [[ $1 == analyze ]]; then verb=analyze; shift; fi
