@@ -166,6 +166,7 @@ def test_the_shipped_sequence_runs(tmp_path: Path, monkeypatch: Any, capsys: pyt
         "train.max_steps=1",
         "data.max_train_examples=8",
         "data.max_eval_examples=4",
+        "methods=[full, half]",
         "zero=local",
         f"output_dir={tmp_path / 'out'}",
     ]

@@ -126,7 +126,12 @@ def test_the_quickstart(checkout, words):
 
 def test_the_tests(checkout):
     assert checkout.run("test", "-m", "not slow").returncode == 0
-    checks = [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["pytest", "--numprocesses", "2", "--dist", "loadfile", "-m", "not slow"]]
+    checks = [
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["mypy"],
+        ["pytest", "--numprocesses", "2", "--dist", "loadfile", "-m", "not slow"],
+    ]
     assert checkout.calls() == [["-m", *check] for check in checks]
 
 
