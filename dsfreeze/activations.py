@@ -29,7 +29,7 @@ from functools import cached_property
 from itertools import chain, groupby
 from typing import Any
 
-from dsfreeze.anatomy import Anatomy, Tensor
+from dsfreeze.anatomy import Anatomy, Tensor, head_task
 from dsfreeze.errors import UserError
 
 #: Bytes as a polynomial in positions s and tokens T of a micro-batch: coefficients of 1, s, s^2, T and T s.
@@ -101,7 +101,7 @@ class Activations:
 
     def of(self, task: str, attention: str | None, dtype_bytes: int) -> TaskActivations:
         """For a task and a way to run it; `attention` None is what transformers would choose. UserError when it was not read."""
-        task = "causal_lm" if task == "sft" else task
+        task = head_task(task)
         able = [name for name in ATTENTIONS if (name, dtype_bytes) in self.profiles]
         if not able:
             raise UserError(f"The activations of this model are not known at {dtype_bytes} bytes an element.")

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 from math import prod
 from pathlib import Path
 
@@ -34,6 +35,8 @@ ENCODER_PREFIXES = {"bert": "bert", "modernbert": "model"}
 DENSE_HEADS = ("modernbert",)
 #: Decoders of which transformers has no token classifier.
 NO_TOKEN_HEADS = ("gemma3_text", "olmo2")
+#: Tasks of a decoder's language model.
+LANGUAGE_TASKS = ("causal_lm", "sft", "preference")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Tensor:
 
     `flops_per_token` counts the forward multiply-adds of a token through this tensor (two FLOPs each; 0 for
     gains, biases and look-ups). `aliases` are further names of the same storage (a tied head). A matrix whose
-    rows are its inputs (GPT-2's Conv1D) has `fan_in_fan_out`.
+    rows are its inputs (GPT-2's Conv1D) has `fan_in_fan_out`. `parts` are what a fused matrix holds along its outputs,
+    (category, number of outputs), in turn until it ends; empty for any other, and where they are not known.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Tensor:
     flops_per_token: int = 0
     aliases: tuple[str, ...] = ()
     fan_in_fan_out: bool = False
+    parts: tuple[tuple[str, int], ...] = ()
 
     @cached_property
     def numel(self) -> int:
@@ -64,6 +69,20 @@ class Tensor:
     def module(self) -> str:
         """The path of the module that owns the tensor."""
         return self.name.rpartition(".")[0]
+
+    @property
+    def outputs(self) -> int:
+        return self.shape[1 if self.fan_in_fan_out else 0] if self.shape else 1
+
+    def outputs_of(self, part: str) -> tuple[tuple[int, int], ...]:
+        """The outputs of a fused matrix that are `part`, as blocks [first, last)."""
+        ends = list(accumulate((size for _, size in self.parts), initial=0))
+        return tuple(
+            (start + first, start + last)
+            for start in range(0, self.outputs if self.parts else 0, ends[-1] or 1)
+            for (category, _), (first, last) in zip(self.parts, pairwise(ends), strict=True)
+            if category == part
+        )
 
 
 @dataclass(frozen=True)
@@ -193,7 +212,7 @@ class Anatomy:
         `classifier`; `num_labels` None means 2. UserError when the model cannot do the task.
         """
         is_decoder = any("lm_head.weight" in (t.name, *t.aliases) for t in self.tensors)
-        if is_decoder and task in ("causal_lm", "sft"):
+        if is_decoder and head_task(task) == "causal_lm":
             return self
         able = self._tasks(is_decoder)
         if task not in able:
@@ -222,7 +241,7 @@ class Anatomy:
     def _tasks(self, is_decoder: bool) -> tuple[str, ...]:
         able = ("classification", "tokens") if is_decoder or self.model_type in ENCODER_PREFIXES else ()
         kept = [task for task in able if task == "classification" or self.model_type not in NO_TOKEN_HEADS]
-        return (*kept, *(("causal_lm", "sft") if is_decoder else ()))
+        return (*kept, *(LANGUAGE_TASKS if is_decoder else ()))
 
     def with_labels(self, num_labels: int) -> Anatomy:
         """A two-label classifier's anatomy for `num_labels`: what has two rows in its head gets as many."""
@@ -272,6 +291,11 @@ class Anatomy:
             raise UserError(
                 f"Not an anatomy: {error}. Write one with `dsfreeze plan model=... --anatomy FILE`."
             ) from None
+
+
+def head_task(task: str) -> str:
+    """The task whose head a task's model has: chats and preferences take the language model's."""
+    return "causal_lm" if task in LANGUAGE_TASKS else task
 
 
 def _without_lm_head(anatomy: Anatomy) -> tuple[Layer, ...]:
@@ -352,6 +376,7 @@ def _row(layer: Layer) -> dict:
         row |= {"flops_per_token": t.flops_per_token} if t.flops_per_token else {}
         row |= {"aliases": list(t.aliases)} if t.aliases else {}
         row |= {"fan_in_fan_out": True} if t.fan_in_fan_out else {}
+        row |= {"parts": [list(part) for part in t.parts]} if t.parts else {}
         tensors.append(row)
     return {"stack": layer.stack, "tensors": tensors}
 
@@ -395,6 +420,7 @@ def _layer(name: str, path: str, row: dict) -> Layer:
             flops_per_token=int(t.get("flops_per_token", 0)),
             aliases=tuple(t.get("aliases", ())),
             fan_in_fan_out=bool(t.get("fan_in_fan_out", False)),
+            parts=tuple((str(category), int(size)) for category, size in t.get("parts", ())),
         )
         for t in row["tensors"]
     )

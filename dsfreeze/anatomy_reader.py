@@ -12,14 +12,15 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dsfreeze.anatomy import Anatomy, Layer, Tensor
+from dsfreeze.anatomy import FUSED, Anatomy, Layer, Tensor
 from dsfreeze.errors import UserError
+from dsfreeze.fused import pattern_of
 
 #: Matrices inside an attention module, by the name of the module (or parameter) that holds them. Latent attention makes
 #: keys and values from one latent: what reads it off (with the shared rotary key) is counted as `k`, what unfolds it
@@ -212,7 +213,7 @@ class _Reader:
         parameter, aliases = self.names[name]
         owner = self._owner(name)
         category = self._category(name)
-        return Tensor(
+        tensor = Tensor(
             name=name,
             shape=tuple(parameter.shape),
             category=category,
@@ -220,6 +221,8 @@ class _Reader:
             aliases=aliases,
             fan_in_fan_out=isinstance(owner, Conv1D) and category != "bias",
         )
+        is_fused = category in FUSED and len(tensor.shape) == 2  # experts packed in one tensor are not taken apart
+        return replace(tensor, parts=pattern_of(self.config, category, tensor.outputs)) if is_fused else tensor
 
     def _category(self, name: str) -> str:
         parts, leaf = _module_parts(name), name.rpartition(".")[2]

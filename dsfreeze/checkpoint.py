@@ -15,7 +15,6 @@ are not used: they load one layer's state into another when the set changed (Dee
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -32,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dsfreeze.errors import UserError
+from dsfreeze.files import sha256_of
 from dsfreeze.plan import FreezePlan
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def save(
         write_files(aside, step, state, plan, first_plan or plan, base, trainer_state)
         if final.exists() and not _is_ours(final):
             warnings.warn(f"{final} is no checkpoint of dsfreeze; it is now {_set_aside(final)}.", stacklevel=2)
-        _swap(aside, final)
+        swap(aside, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
@@ -123,7 +123,7 @@ def save(
     return final
 
 
-def _swap(aside: Path, final: Path) -> None:
+def swap(aside: Path, final: Path) -> None:
     """Put `aside` in `final`'s place; there is a whole folder under one of the two names at every moment."""
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -161,7 +161,7 @@ def write_files(
         "base": vars(base),
         "tensors": {n: {"shape": list(e["weight"].shape), "dtype": str(e["weight"].dtype)} for n, e in state.items()},
         "versions": {package: version(package) for package in ("torch", "deepspeed", "transformers")},
-        "sha256": {name: _sha256(folder / name) for name in (WEIGHTS, STATE, TRAINER)},
+        "sha256": {name: sha256_of(folder / name) for name in (WEIGHTS, STATE, TRAINER)},
     }
     for name in (WEIGHTS, STATE, TRAINER):
         _sync(folder / name)
@@ -185,7 +185,7 @@ def _open(folder: Path) -> Checkpoint:
         if manifest["format_version"] != FORMAT_VERSION:
             raise UserError(f"{folder} has format {manifest['format_version']}; this version reads {FORMAT_VERSION}.")
         changed = [
-            n for n in (WEIGHTS, STATE, TRAINER) if not (folder / n).is_file() or _sha256(folder / n) != digests[n]
+            n for n in (WEIGHTS, STATE, TRAINER) if not (folder / n).is_file() or sha256_of(folder / n) != digests[n]
         ]
     except FileNotFoundError:
         raise NotWhole(f"{folder} is no whole checkpoint: it has no {MANIFEST}.") from None
@@ -305,11 +305,6 @@ def _prune(output_dir: Path, keep: int, newest: Path) -> None:
             shutil.rmtree(folder)
         except OSError as error:
             warnings.warn(f"Could not remove the old checkpoint {folder}: {error}.", stacklevel=3)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -172,7 +172,7 @@ def _deepspeed_config(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     from dsfreeze.setting import setting_of
     from dsfreeze.strategies import make_plan
 
-    freeze_plan = make_plan(anatomy, recipe.freeze, _num_steps(recipe), setting_of(recipe, world_size))
+    freeze_plan = make_plan(anatomy, recipe.planned_freeze, _num_steps(recipe), setting_of(recipe, world_size))
     return engine_config(recipe, freeze_plan, freeze_plan.adapted(anatomy), world_size), list(notes)
 
 
@@ -211,12 +211,12 @@ def _plan_picture(recipe: Recipe, world_size: int, as_json: bool) -> int:
     from dsfreeze.estimate import estimate
     from dsfreeze.picture import draw, plan_as_dict
     from dsfreeze.planner.caching import cache_as_dict, cache_line, cache_of_run
-    from dsfreeze.setting import setting_of
+    from dsfreeze.setting import setting_of, workload_of
     from dsfreeze.strategies import make_plan
 
     anatomy, notes = _anatomy(recipe)
     setting = setting_of(recipe, world_size)
-    freeze_plan = make_plan(anatomy, recipe.freeze, _num_steps(recipe), setting)
+    freeze_plan = make_plan(anatomy, recipe.planned_freeze, _num_steps(recipe), setting)
     freeze_plan = replace(freeze_plan, notes=(*freeze_plan.notes, *notes))
     cost = estimate(
         freeze_plan.adapted(anatomy), freeze_plan, num_steps=_num_steps(recipe),
@@ -232,7 +232,7 @@ def _plan_picture(recipe: Recipe, world_size: int, as_json: bool) -> int:
     if price is not None:
         from dsfreeze.planner.tables import peak_line
 
-        _show(peak_line(price, recipe.train.per_device_train_batch_size))
+        _show(peak_line(price, workload_of(recipe).micro_batch_size))
     if cache is not None:
         _show(cache_line(cache, device, recipe.freeze.prefix_cache))
     return 0
@@ -240,12 +240,13 @@ def _plan_picture(recipe: Recipe, world_size: int, as_json: bool) -> int:
 
 def _known_price(recipe: Recipe, world_size: int) -> Any:
     """The whole price where what the model's passes store is at hand; else None, for reading it would take a while."""
+    from dsfreeze.anatomy import head_task
     from dsfreeze.planner.request import price_of_run
     from dsfreeze.shapes import known_activations
 
     known = known_activations(recipe.model.name)
     ends = {task for profile in known.profiles.values() for task in profile.ends} if known else set()
-    if ("causal_lm" if recipe.task == "sft" else recipe.task) not in ends:
+    if head_task(recipe.task) not in ends:
         return None
     return price_of_run(_anatomy, recipe, world_size, recipe.data.max_length)
 
@@ -369,13 +370,44 @@ def evaluate(words: Words = None, as_json: AsJson = False) -> int:
     folder = next((word for word in words or () if os.path.isdir(word)), None)
     rest = [word for word in words or () if word != folder]
     recipe = recipe_of_run(Path(folder), rest) if folder else read_words(rest)
-    metrics = evaluate_recipe(recipe)
+    metrics = evaluate_recipe(recipe, Path(folder) if folder else None)
     if as_json:
         _print_json({"model": recipe.model.name, "metrics": metrics})
     else:
         from dsfreeze.tables import metrics_table
 
         _show(metrics_table(recipe.model.name, metrics))
+    return 0
+
+
+@app.command()
+def continual(
+    file: Annotated[
+        Path, typer.Argument(metavar="TASKS.yaml", help="A sequence of tasks, and methods to compare on it.")
+    ],
+    words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of its keys.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Train on a sequence of tasks, and say what is learnt and what is forgotten; goes on where it was stopped."""
+    from dsfreeze.continual.reading import read_course
+
+    course = read_course(file, words or ())
+    from dsfreeze.continual.rounds import run_course
+
+    state = run_course(course, Console(stderr=True))
+    if not _is_leader():
+        return 0
+    from dsfreeze.continual.figure import draw_figure
+    from dsfreeze.continual.results import FIGURE, RESULTS
+    from dsfreeze.continual.tables import continual_table
+
+    folder = Path(course.spec.output_dir)
+    missing = draw_figure(state, folder / FIGURE)
+    if as_json:
+        _print_json(state)
+        return 0
+    _show(continual_table(state))
+    _say(f"wrote {_escape(str(folder / RESULTS))}" + (f"; no figure: {missing}" if missing else f" and {FIGURE}"))
     return 0
 
 
@@ -395,6 +427,37 @@ def export(
     from dsfreeze.commands import export_folder
 
     folder = export_folder(run_folder, output, delta=delta, base=base)
+    if as_json:
+        _print_json({"folder": str(folder)})
+    else:
+        _say(f"wrote {_escape(str(folder))}")
+    return 0
+
+
+@app.command()
+def merge(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="START END | MEMBER...", help="Model folders; with --reset, also KEY=VALUE of a recipe."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    alpha: Annotated[
+        float | None, typer.Option(help="Of END so much, of START the rest; 0.5 unless it is said.")
+    ] = None,
+    average: Annotated[bool, typer.Option("--average", help="The mean of all the folders.")] = False,
+    reset: Annotated[
+        bool, typer.Option("--reset", help="END with START's values where the plan of freeze.* would freeze.")
+    ] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Make a model of models, without training: between two (WiSE-FT), the mean of several (a soup), or one partly reset."""
+    if not _is_leader():
+        return 0  # one process's work
+    from dsfreeze.commands import merge_folders
+
+    folder = merge_folders(words, output, alpha=alpha, average=average, reset=reset)
     if as_json:
         _print_json({"folder": str(folder)})
     else:

@@ -1,4 +1,4 @@
-"""What the commands `evaluate`, `cache` and `export` do: a run's folder, or a recipe, in; figures, or a model folder, out."""
+"""What the commands `evaluate`, `cache`, `export` and `merge` do: runs, recipes or models in; figures, or a model folder, out."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ from dsfreeze.errors import UserError
 from dsfreeze.evaluation import evaluate
 from dsfreeze.export import export_delta, export_model, fill_delta, require_writable
 from dsfreeze.job import load_task, prepare_evicted, prepare_job
+from dsfreeze.merging import average as average_models
+from dsfreeze.merging import interpolate, reset_frozen
 from dsfreeze.model import read_anatomy
 from dsfreeze.model_card import public_name
+from dsfreeze.objectives import objective_of
 from dsfreeze.prefix.cache import PrefixCache
 from dsfreeze.prefix.eviction import CACHE
 from dsfreeze.recipe import ModelOptions, Recipe, TrainOptions
 from dsfreeze.recipe_reader import load_recipe
 from dsfreeze.record import MODEL, RECIPE
+from dsfreeze.reference import reference_of_run
 
 
 def recipe_of_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -48,15 +52,21 @@ def _how_to_export(run: Path) -> str:
     return "It has no checkpoint to write one from either: train again, with train.export=true."
 
 
-def evaluate_recipe(recipe: Recipe) -> dict[str, float]:
-    """Metrics of the recipe's model on its evaluation data; several ranks hold the whole model each, and share the data."""
+def evaluate_recipe(recipe: Recipe, run: Path | None = None) -> dict[str, float]:
+    """Metrics of the recipe's model on its evaluation data; several ranks hold the whole model each, and share the data. `run`: the
+    folder whose model it is, which a preference's reference is in."""
     with process_group(recipe) if read_ranks().world_size > 1 else nullcontext():
         agree(recipe.digest, "the recipe")
         _, data, module = together(lambda: load_task(recipe))
         if data.eval is None:
             raise UserError("The recipe has no evaluation data; name some in data.eval.")
+        together(lambda: reference_of_run(data, run))
         engine = evaluation_engine(module, read_anatomy(module, recipe.model.name), recipe)
-        return evaluate(engine, data, recipe)
+        engine.objective = objective_of(recipe)
+        try:
+            return evaluate(engine, data, recipe)
+        finally:
+            engine.close()  # one process may evaluate many models
 
 
 def fill_cache(recipe: Recipe, console: Console) -> dict[str, Any]:
@@ -113,3 +123,21 @@ def _newest_checkpoint(run: Path) -> Checkpoint:
         there = f" Its exported model is {model}." if model.is_dir() else " Train again, with train.export=true."
         raise UserError(f"{run} has no checkpoint to export from.{there}")
     return find_checkpoint(run, True)
+
+
+def merge_folders(words: Sequence[str], output: Path, *, alpha: float | None, average: bool, reset: bool) -> Path:
+    """Write a model between two, the mean of several, or one of two partly reset; `words` are folders, and a recipe's overrides."""
+    folders = [Path(word).expanduser() for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    if sum((average, reset, alpha is not None)) > 1:
+        raise UserError("--alpha, --average and --reset are three different things: give one of them.")
+    if overrides and not reset:
+        raise UserError(f"'{overrides[0]}' is a recipe's key, which --reset alone reads. Name model folders.")
+    if average:
+        return average_models(folders, output)
+    if len(folders) != 2:
+        raise UserError(f"Two model folders are merged, START and END; {len(folders)} are named. For more, --average.")
+    start, end = folders
+    if reset:
+        return reset_frozen(start, end, load_recipe(None, [f"model.name={end}", *overrides]), output)
+    return interpolate(start, end, 0.5 if alpha is None else alpha, output)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from dsfreeze import metrics
 from dsfreeze.data.examples import IGNORED, Batch, TaskData, pad_id, pad_inputs
 from dsfreeze.errors import UserError
+from dsfreeze.objectives.preference import Preference
 from dsfreeze.progress import Watch
 
 if TYPE_CHECKING:
@@ -50,8 +51,11 @@ def evaluate(engine: Engine, task_data: TaskData, recipe: Recipe, around: Around
     items = sum(row[1] for row in judged)
     texts: Sequence[str] = ()
     references: Sequence[str] = ()
+    sources: Sequence[str] = ()
     if metrics.generates(task_data.metrics):
-        texts, references = _generate_all(engine, task_data, size, recipe.data.max_new_tokens)
+        assert task_data.prompts is not None, "prepare() makes prompts for every task whose metrics generate"
+        texts = _generate_all(engine, task_data, size, recipe.data.max_new_tokens)
+        references, sources = task_data.prompts.references, task_data.prompts.sources
     outcome = metrics.Outcome(
         loss=math.fsum(row[0] for row in judged) / max(items, 1),
         truth=[row[2] for row in judged],
@@ -59,6 +63,7 @@ def evaluate(engine: Engine, task_data: TaskData, recipe: Recipe, around: Around
         labels=task_data.labels or (),
         texts=texts,
         references=references,
+        sources=sources,
     )
     return metrics.compute(task_data.metrics, outcome)
 
@@ -98,6 +103,8 @@ def losses_of(engine: Engine, task_data: TaskData, batch: Batch) -> list[float]:
 
 def _judge(engine: Engine, task_data: TaskData, batch: Batch) -> list[Judged]:
     """One forward pass; the logits are judged example by example, on the device, in fp32."""
+    if isinstance(engine.objective, Preference):
+        return _judge_pairs(engine, engine.objective, batch)
     judge = _judge_number if task_data.num_labels == 1 else _JUDGES[task_data.task]
     labels = batch["labels"]
     if (
@@ -106,6 +113,13 @@ def _judge(engine: Engine, task_data: TaskData, batch: Batch) -> list[Judged]:
         batch = {key: value for key, value in batch.items() if key != "labels"}
     logits = engine.no_grad_forward(batch).logits.detach()
     return [judge(row.float(), label.to(row.device)) for row, label in zip(logits, labels, strict=True)]
+
+
+def _judge_pairs(engine: Engine, objective: Preference, batch: Batch) -> list[Judged]:
+    """Each pair's loss, and the rewards of its chosen and its rejected answer."""
+    losses, ratios = objective.losses_and_ratios(engine.no_grad_forward(batch), batch)
+    rewards = (objective.beta * ratios).tolist()
+    return [(loss, 1, *pair) for loss, pair in zip(losses.tolist(), rewards, strict=True)]
 
 
 def _judge_class(logits: torch.Tensor, label: torch.Tensor) -> Judged:
@@ -151,12 +165,10 @@ _JUDGES: dict[str, Callable[[torch.Tensor, torch.Tensor], Judged]] = {
 # -- from generated text -------------------------------------------------------------------------------------------
 
 
-def _generate_all(
-    engine: Engine, task_data: TaskData, size: int, max_new_tokens: int
-) -> tuple[list[str], Sequence[str]]:
-    """The model's answer to every prompt, greedy, and the references."""
+def _generate_all(engine: Engine, task_data: TaskData, size: int, max_new_tokens: int) -> list[str]:
+    """The model's answer to every prompt, greedy."""
     prompts = task_data.prompts
-    assert prompts is not None, "prepare() makes prompts for every task whose metrics generate"
+    assert prompts is not None
     tokenizer, fill = task_data.tokenizer, pad_id(task_data.tokenizer)
 
     def run(chosen: np.ndarray) -> list[str]:
@@ -169,4 +181,4 @@ def _generate_all(
         return tokenizer.batch_decode(answers.cpu(), skip_special_tokens=True)
 
     lengths = np.asarray([len(ids) for ids in prompts.input_ids])
-    return over_all(engine, lengths, size, run), prompts.references
+    return over_all(engine, lengths, size, run)

@@ -9,7 +9,6 @@ Folders are written under another name and renamed when whole. Only a folder of 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ from dsfreeze.adapters import add_adapters, merge_adapters
 from dsfreeze.anatomy_reader import read_anatomy
 from dsfreeze.engine.process import import_deepspeed
 from dsfreeze.errors import UserError, did_you_mean
+from dsfreeze.files import sha256_of
 from dsfreeze.model import base_hash, load_model, load_tokenizer
 from dsfreeze.model_card import model_card, public_name
 from dsfreeze.plan import FreezePlan
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 DELTA_FORMAT = 2
 WEIGHTS, MANIFEST, PLAN, CARD = "delta.safetensors", "delta.json", "dsfreeze_plan.json", "README.md"
+MERGED = "dsfreeze_merge.json"  # what a merged model was made of (`dsfreeze.merging`)
 
 
 def export_model(
@@ -92,9 +93,9 @@ def export_delta(
         "plan": json.loads(plan.to_json()),
     }
     anatomy = read_anatomy(module, recipe.model.name)
-    with _written_aside(folder_out) as aside:
+    with written_aside(folder_out) as aside:
         save_file(trained, aside / WEIGHTS)
-        manifest["sha256"] = _sha256(aside / WEIGHTS)
+        manifest["sha256"] = sha256_of(aside / WEIGHTS)
         (aside / CARD).write_text(model_card(anatomy, plan, recipe, metrics or {}), encoding="utf-8")
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return folder_out
@@ -178,7 +179,7 @@ def _write_model(
 ) -> Path:
     merge_adapters(whole)
     import_deepspeed()  # save_pretrained imports it (by way of accelerate), and then its log is on standard output
-    with _written_aside(folder) as aside, quiet_transformers():
+    with written_aside(folder) as aside, quiet_transformers():
         whole.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         (aside / CARD).write_text(card, encoding="utf-8")
@@ -196,7 +197,7 @@ def require_writable(folder: Path) -> None:
 
 
 @contextmanager
-def _written_aside(folder: Path) -> Iterator[Path]:
+def written_aside(folder: Path) -> Iterator[Path]:
     """A new folder to write into; it takes `folder`'s place when the block ends well, and is removed when not."""
     require_writable(folder)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -214,7 +215,8 @@ def _written_aside(folder: Path) -> Iterator[Path]:
 
 
 def _is_ours(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / PLAN).is_file() or (folder / MANIFEST).is_file() or not any(folder.iterdir()))
+    marks = (PLAN, MANIFEST, MERGED)
+    return folder.is_dir() and (any((folder / name).is_file() for name in marks) or not any(folder.iterdir()))
 
 
 def _swap(aside: Path, folder: Path) -> None:
@@ -233,11 +235,6 @@ def _read_delta(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise UserError(f"{folder} is no delta: {MANIFEST} cannot be read ({error}). Write one with --delta.") from None
     if version != DELTA_FORMAT:
         raise UserError(f"{folder} has format {version}; this version of dsfreeze reads {DELTA_FORMAT}.")
-    if not (folder / WEIGHTS).is_file() or _sha256(folder / WEIGHTS) != digest:
+    if not (folder / WEIGHTS).is_file() or sha256_of(folder / WEIGHTS) != digest:
         raise UserError(f"{folder / WEIGHTS} is missing, truncated or changed since it was written. Export it again.")
     return manifest, load_file(folder / WEIGHTS)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all. No torch."""
+"""Files that appear whole or not at all, and what they hold. No torch."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -18,3 +19,9 @@ def write_whole(path: Path, text: str) -> None:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
         raise
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits; OSError as the disk gives it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -147,7 +147,7 @@ def room_of(recipe: Recipe, plan: FreezePlan, plain: Anatomy) -> int:
 
 def _plan(recipe: Recipe, data: TaskData, plain: Anatomy, num_steps: int | None) -> FreezePlan:
     setting = setting_of(recipe, read_ranks().world_size)
-    return make_plan(plain, recipe.freeze, num_steps or _num_steps(recipe, data), setting)
+    return make_plan(plain, recipe.planned_freeze, num_steps or _num_steps(recipe, data), setting)
 
 
 def _add_adapters(module: nn.Module, plan: FreezePlan, recipe: Recipe) -> None:

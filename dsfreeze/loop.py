@@ -32,12 +32,15 @@ from dsfreeze.evaluation import evaluate
 from dsfreeze.interrupt import Interrupt, Interrupted
 from dsfreeze.job import Job, prepare_job
 from dsfreeze.journal import Journal
+from dsfreeze.objectives import Term, objective_of
+from dsfreeze.objectives.retain import terms_of
 from dsfreeze.phases import Phases
 from dsfreeze.prediction import predict, sentence
 from dsfreeze.prefix.ahead import ReadAhead, Ready
 from dsfreeze.prefix.cache import PrefixCache
-from dsfreeze.progress import StepBar
+from dsfreeze.progress import StepBar, watched
 from dsfreeze.recipe import Recipe
+from dsfreeze.reference import measure_reference, recall_reference
 from dsfreeze.saving import find_start, save_checkpoint, save_model
 from dsfreeze.schedule import learning_rate_schedule, rates_at
 from dsfreeze.trackers import require_trackers
@@ -77,6 +80,7 @@ class Run:
         self.phases = Phases(job, self.journal, self.console, self.total)
         self.prefix = PrefixCache(job, ranks, self.console, self.total, self.loader.steps_per_epoch)
         self.steps = ReadAhead(self.loader, self.prefix)
+        self.terms: list[Term] = []
         self.step = 0
         self.metrics: dict[str, dict[str, float]] = {}
         self.seconds: list[float] = []
@@ -90,14 +94,20 @@ class Run:
         resumed = find_start(self.job, self.total, self.loader.global_batch_size)
         if resumed and self.job.plan.decide_at is not None:
             self.job.plan = resumed.plan  # an adaptive plan, as far as it has been decided
+        if resumed:
+            recall_reference(self.job, resumed)
+        self.terms = terms_of(self.job)
         engine: Engine | None = None
         try:
             if self.job.eviction is not None:
                 self.prefix.prefill()
             engine = build_engine(self.job.module, self.job.held, self.job.recipe, self.job.plan)
+            engine.objective = objective_of(self.job.recipe)
             self.phases.start(engine, resumed.step if resumed else 0)
             if self.job.recipe.data.packing:
                 check_packing(engine.no_grad_forward, self.job.module.config.vocab_size)
+            for term in self.terms:
+                term.start(engine)
             if resumed:
                 self._resume(engine, resumed)
             together(lambda: self._open_journal(engine, resumed.step if resumed else None))
@@ -121,11 +131,14 @@ class Run:
     def _open_journal(self, engine: Engine, resume_step: int | None) -> None:
         environment = describe_environment(engine.device, engine.world_size)
         self.journal.open(self.job.recipe, self.job.first_plan, environment, engine.config, resume_step=resume_step)
+        for term in self.terms:
+            self.journal.event("retain", method=self.job.recipe.retain.method, rule=term.rule)
 
     def _run(self, engine: Engine) -> dict[str, Any]:
         with Interrupt() as interrupt:
             self.prefix.enter(engine, self.phases.phase_at(self.step), self.step)
             if self.step == 0:
+                self._measure_reference(engine)
                 self._evaluate(engine, "before")
             self.before = engine.memory(reset_peak=True)
             with StepBar(self.console, self.total, self.step, self.options.logging_steps, shown=self.leader) as bar:
@@ -135,6 +148,8 @@ class Run:
         memory = engine.memory()
         if self.seconds:
             self.phases.look(engine, self.step)
+        for term in self.terms:
+            term.finish(engine)
         self._evaluate(engine, "after")
         return self._finish(engine, memory)
 
@@ -144,11 +159,15 @@ class Run:
         self.prefix.enter(engine, phase, self.step)
         # dropout depends on (seed, step, rank) alone, so a resumed run needs no generator state
         torch.manual_seed(hash((self.options.seed, self.step, engine.rank)) % 2**63)
+        for term in self.terms:
+            term.before_passes(engine, self.step)
         loss = 0.0
         for (batch, items), chosen, staged in zip(step.micro_batches, step.chosen, ready.staged, strict=True):
             self.fullest = max(self.fullest, tuple(batch["input_ids"].shape), key=math.prod)
             with self.prefix.around(engine, self.prefix.train, chosen, batch, staged, counts=items > 0):
                 loss += engine.forward_backward(batch, items / step.global_items)
+        for term in self.terms:
+            term.before_step(engine, self.step)
         learning_rate, own = rates_at(self.job.plan, self.step, self.schedule, self.options.learning_rate)
         norm = engine.step(learning_rate, own)
         failed = float(self.journal.failure is not None)
@@ -171,6 +190,8 @@ class Run:
             "seconds": seconds, "tokens": int(tokens), "tokens_per_second": tokens / seconds,
             "memory_allocated": memory.allocated, "memory_peak": memory.peak, "phase": phase.first_step,
         }  # fmt: skip
+        if self.terms:
+            line["penalty"] = sum(term.value(engine) for term in self.terms)
         self.journal.step(line, track=self.step % self.options.logging_steps == 0 or self.step == self.total)
         bar.advance(self.step, loss, tokens / seconds)
         self.phases.after_step(engine, self.step, loss, learning_rate)
@@ -190,6 +211,11 @@ class Run:
             self._evaluate(engine, f"step {step}")
         if (o.save_strategy == "steps" and step % o.save_steps == 0) or (o.save_strategy == "epoch" and epoch_ended):
             self._save(engine)
+
+    def _measure_reference(self, engine: Engine) -> None:
+        rows = {"train": self.prefix.train, "eval": self.prefix.eval}
+        arounds = {part: partial(self.prefix.around, engine, of, counts=False) for part, of in rows.items()}
+        measure_reference(engine, self.job, arounds, watched(self.console, "measuring the reference"))
 
     def _evaluate(self, engine: Engine, when: str) -> None:
         if self.job.data.eval is None or self.options.eval_strategy == "no":
@@ -249,7 +275,7 @@ class Run:
         return {
             "steps": self.step, "loss": self.loss, "metrics": self.metrics,
             "strategy": job.plan.strategy, "plan_digest": job.plan.digest,
-            "trainable": cost.trainable, "total": cost.total,
+            "trainable": cost.trainable, "held": cost.held, "total": cost.total,
             "flops_vs_full": cost.flops_per_token / cost.full_flops_per_token, "full_flops_per_token": cost.full_flops_per_token,
             "seconds_per_step": statistics.median(steady) if steady else None, "memory": {**asdict(memory), "peak": peak},
             "never_moved": list(self.phases.still), "switches": self.phases.switches,

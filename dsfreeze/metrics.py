@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dsfreeze import text_metrics
 from dsfreeze.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ class Outcome:
 
     loss           mean of the model's own loss per item, in nats (squared error for a regression)
     labels         class names, for classes and tags
-    truth, guess   one class index, number, list of tag indices, or text per example
+    truth, guess   one class index, number, or list of tag indices per example; the rewards of a pair's chosen and rejected
+                   answer
+    sources        what each text is an answer to
     """
 
     loss: float
@@ -35,15 +38,21 @@ class Outcome:
     labels: Sequence[str] = ()
     texts: Sequence[str] = ()
     references: Sequence[str] = ()
+    sources: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A function of the outcome, the kinds of task it is for, and whether it needs generated text."""
+    """A function of the outcome, the kinds of task it is for, and whether it needs generated text.
+
+    `headline`: which of its numbers stands for it, where it is not the metric's own name; `full`: the value of a perfect answer.
+    """
 
     compute: Callable[[Outcome], Numbers]
     kinds: tuple[str, ...]
     generates: bool = False
+    headline: str | None = None
+    full: float = 1.0
 
 
 def _flat(outcome: Outcome) -> tuple[list[int], list[int]]:
@@ -149,6 +158,39 @@ def exact_match(outcome: Outcome) -> Numbers:
     return {"exact_match": sum(_matches(text, ref) for text, ref in pairs) / max(len(outcome.references), 1)}
 
 
+def strict_match(outcome: Outcome) -> Numbers:
+    """Share of answers equal to the reference to the last blank (TRACE's accuracy)."""
+    return {"strict_match": _mean_of(text_metrics.same_text, outcome)}
+
+
+def first_char(outcome: Outcome) -> Numbers:
+    """Share of answers that begin with the reference's first character (TRACE's ScienceQA)."""
+    return {"first_char": _mean_of(text_metrics.same_first_character, outcome)}
+
+
+def edit_similarity(outcome: Outcome) -> Numbers:
+    """Mean of fuzzywuzzy's ratio by difflib, 0 to 100 (TRACE's Py150)."""
+    return {"edit_similarity": _mean_of(text_metrics.edit_similarity, outcome)}
+
+
+def rouge_l(outcome: Outcome) -> Numbers:
+    """Mean F of ROUGE-L by rouge-score without stemming, 0 to 1. TRACE takes the package `rouge`, which splits at blanks and dots."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    return {"rouge_l": _mean_of(lambda text, ref: scorer.score(ref, text)["rougeL"].fmeasure, outcome)}
+
+
+def sari(outcome: Outcome) -> Numbers:
+    """Mean SARI of texts against their sources and references, 0 to 100 (TRACE's 20Minuten)."""
+    triples = zip(outcome.sources, outcome.texts, outcome.references, strict=True)
+    return {"sari": text_metrics.mean(text_metrics.sari(source, text, [ref]) for source, text, ref in triples)}
+
+
+def _mean_of(score: Callable[[str, str], float], outcome: Outcome) -> float:
+    return text_metrics.mean(score(text, ref) for text, ref in zip(outcome.texts, outcome.references, strict=True))
+
+
 FINAL_ANSWER = re.compile(r"####\s*\$?\s*(-?[\d,]*\.?\d+)")  # as in openai/grade-school-math, dollar sign allowed
 
 
@@ -163,7 +205,25 @@ def _matches(text: str, reference: str) -> bool:
     return text.strip() == reference.strip() if wanted is None else final_answer(text) == wanted
 
 
-CLASSES, NUMBER, TAGS, TEXT, ANSWERS = "classes", "number", "tags", "text", "answers"
+def reward_accuracy(outcome: Outcome) -> Numbers:
+    """Share of the pairs whose chosen answer has the higher reward; equal ones, as before the first step, do not count."""
+    right = sum(chosen > rejected for chosen, rejected in zip(outcome.truth, outcome.guess, strict=True))
+    return {"reward_accuracy": right / max(len(outcome.truth), 1)}
+
+
+def reward_margin(outcome: Outcome) -> Numbers:
+    """Mean of the chosen answer's reward minus the rejected one's."""
+    margins = (chosen - rejected for chosen, rejected in zip(outcome.truth, outcome.guess, strict=True))
+    return {"reward_margin": math.fsum(margins) / max(len(outcome.truth), 1)}
+
+
+def rewards(outcome: Outcome) -> Numbers:
+    """Mean reward of the chosen answers, and of the rejected ones."""
+    pairs = {"reward_chosen": outcome.truth, "reward_rejected": outcome.guess}
+    return {name: math.fsum(values) / max(len(values), 1) for name, values in pairs.items()}
+
+
+CLASSES, NUMBER, TAGS, TEXT, ANSWERS, PAIRS = "classes", "number", "tags", "text", "answers", "pairs"
 
 METRICS = {
     "accuracy": Metric(accuracy, (CLASSES, TAGS)),
@@ -174,9 +234,17 @@ METRICS = {
     "spearman": Metric(spearman, (NUMBER,)),
     "entity_f1": Metric(entity_f1, (TAGS,)),
     "perplexity": Metric(perplexity, (TEXT, ANSWERS)),
-    "rouge": Metric(rouge, (ANSWERS,), generates=True),
-    "bleu": Metric(bleu, (ANSWERS,), generates=True),
+    "reward_accuracy": Metric(reward_accuracy, (PAIRS,)),
+    "reward_margin": Metric(reward_margin, (PAIRS,)),
+    "rewards": Metric(rewards, (PAIRS,)),
+    "rouge": Metric(rouge, (ANSWERS,), generates=True, headline="rougeL"),
+    "bleu": Metric(bleu, (ANSWERS,), generates=True, full=100.0),
     "exact_match": Metric(exact_match, (ANSWERS,), generates=True),
+    "strict_match": Metric(strict_match, (ANSWERS,), generates=True),
+    "first_char": Metric(first_char, (ANSWERS,), generates=True),
+    "rouge_l": Metric(rouge_l, (ANSWERS,), generates=True),
+    "edit_similarity": Metric(edit_similarity, (ANSWERS,), generates=True, full=100.0),
+    "sari": Metric(sari, (ANSWERS,), generates=True, full=100.0),
 }
 
 DEFAULTS = {
@@ -184,15 +252,16 @@ DEFAULTS = {
     NUMBER: ("pearson", "spearman"),
     TAGS: ("entity_f1", "accuracy"),
     TEXT: ("perplexity",),
+    PAIRS: ("reward_accuracy", "reward_margin", "rewards"),
     ANSWERS: ("perplexity",),  # generation takes long: name bleu, rouge or exact_match to have it
 }
 
 
 def kind_of(task: str, num_labels: int | None) -> str:
-    """What a task's predictions are: classes, number, tags, text (no prompt and answer) or answers."""
+    """What a task's predictions are: classes, number, tags, text (no prompt and answer), pairs of answers, or answers."""
     if task == "classification":
         return NUMBER if num_labels == 1 else CLASSES
-    return {"tokens": TAGS, "causal_lm": TEXT}.get(task, ANSWERS)
+    return {"tokens": TAGS, "causal_lm": TEXT, "preference": PAIRS}.get(task, ANSWERS)
 
 
 def choose(task_data: TaskData, named: Sequence[str] | None) -> tuple[str, ...]:
@@ -221,3 +290,14 @@ def compute(names: Sequence[str], outcome: Outcome) -> Numbers:
     for name in names:
         numbers |= METRICS[name].compute(outcome)
     return numbers
+
+
+def score(name: str, numbers: Mapping[str, float]) -> float:
+    """A metric's value from 0 to 100, higher is better, so that tasks can be averaged.
+
+    Perplexity becomes 100 / perplexity: the geometric mean of the tokens' probabilities, in percent.
+    """
+    if name == "perplexity":
+        return 100 / numbers["perplexity"]
+    metric = METRICS[name]
+    return 100 * numbers[metric.headline or name] / metric.full

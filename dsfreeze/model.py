@@ -32,7 +32,7 @@ from transformers import (
 
 from dsfreeze.activations import ATTENTIONS, Activations
 from dsfreeze.adapters import add_adapters, merge_adapters
-from dsfreeze.anatomy import Anatomy
+from dsfreeze.anatomy import Anatomy, head_task
 from dsfreeze.anatomy_reader import read_anatomy
 from dsfreeze.embedded import EMBEDDED, embedded_folder, gguf_folder
 from dsfreeze.errors import UserError, did_you_mean
@@ -52,6 +52,7 @@ AUTO_CLASSES = {
     "causal_lm": AutoModelForCausalLM,
     "sft": AutoModelForCausalLM,
     "seq2seq": AutoModelForSeq2SeqLM,
+    "preference": AutoModelForCausalLM,
 }
 #: Parts of a checkpoint that a model with another head rightly leaves unread.
 OTHER_HEADS = (
@@ -151,7 +152,7 @@ def activations_of_config(config: PreTrainedConfig, tasks: Iterable[str] = (), *
 
         return built
 
-    chosen = dict.fromkeys("causal_lm" if task == "sft" else task for task in (tasks or able_tasks(config)))
+    chosen = dict.fromkeys(map(head_task, tasks or able_tasks(config)))
     return read_activations(config, {task: build(AUTO_CLASSES[task], task) for task in chosen}, **ways)
 
 

@@ -15,6 +15,7 @@ PIPELINES = {
     "tokens": "token-classification",
     "causal_lm": "text-generation",
     "sft": "text-generation",
+    "preference": "text-generation",
     "seq2seq": "text2text-generation",
 }
 #: Phases listed one by one; a rotating plan has hundreds.
@@ -35,7 +36,7 @@ def model_card(anatomy: Anatomy, plan: FreezePlan, recipe: Recipe, metrics: Mapp
         *_adapter(plan),
         "| steps | trainable parameters | layers that train |",
         "|---|---|---|",
-        *(_phase_row(anatomy, phase) for phase in plan.phases[:LISTED]),
+        *(_phase_row(anatomy, plan, phase) for phase in plan.phases[:LISTED]),
     ]
     if len(plan.phases) > LISTED:
         lines.append(f"| ... | | {len(plan.phases) - LISTED} more phases |")
@@ -59,21 +60,23 @@ def _adapter(plan: FreezePlan) -> Iterator[str]:
         yield ""
 
 
-def _phase_row(anatomy: Anatomy, phase: Phase) -> str:
-    numel = sum(anatomy.by_name[name].numel for name in phase.trainable)
+def _phase_row(anatomy: Anatomy, plan: FreezePlan, phase: Phase) -> str:
+    numel = sum(plan.elements_of(anatomy.by_name[name]) for name in phase.trainable)
     steps = f"{phase.first_step} .. {'end' if phase.end is None else phase.end - 1}"
-    return f"| {steps} | {numel:,} of {anatomy.numel:,} ({numel / anatomy.numel:.1%}) | {_layers(anatomy, phase)} |"
+    return (
+        f"| {steps} | {numel:,} of {anatomy.numel:,} ({numel / anatomy.numel:.1%}) | {_layers(anatomy, plan, phase)} |"
+    )
 
 
-def _layers(anatomy: Anatomy, phase: Phase) -> str:
+def _layers(anatomy: Anatomy, plan: FreezePlan, phase: Phase) -> str:
     """The layers a phase trains, runs of blocks as `layers.3-5`, `*` after those it trains in part."""
     trained = set(phase.trainable)
     marks: list[tuple[str, int | None, str]] = []
     for layer in anatomy.layers:
-        count = sum(t.name in trained for t in layer.tensors)
+        count = sum(plan.elements_of(t) for t in layer.tensors if t.name in trained)
         if count:
             index = int(layer.name.partition(".")[2]) if layer.is_block else None
-            marks.append((layer.name, index, "" if count == len(layer.tensors) else "*"))
+            marks.append((layer.name, index, "" if count == layer.numel else "*"))
     return ", ".join(_runs(marks))
 
 
@@ -103,6 +106,8 @@ def _training(recipe: Recipe) -> Iterator[str]:
         "seed": t.seed,
         "freeze": json.dumps(recipe.freeze.model_dump(mode="json", exclude_defaults=True, exclude={"scores"})),
     }
+    if recipe.task == "preference":
+        options["preference"] = f"{recipe.preference.loss} loss, beta {recipe.preference.beta:g}"
     yield from (f"- {name}: {value}" for name, value in options.items())
     yield ""
 

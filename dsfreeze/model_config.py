@@ -22,7 +22,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from dsfreeze.activations import Activations
-from dsfreeze.anatomy import Anatomy
+from dsfreeze.anatomy import Anatomy, head_task
 from dsfreeze.anatomy_reader import read_anatomy
 from dsfreeze.errors import UserError, did_you_mean
 from dsfreeze.model import AUTO_CLASSES, able_tasks, activations_of_config
@@ -67,7 +67,8 @@ def read_config_anatomies(path: Path, name: str) -> dict[str, Anatomy]:
     raw = _read_json(file)
     config = _make_config(file, raw)
     _check_divisions(file, raw, config)
-    tasks = sorted(set(able_tasks(config)) - {"sft"}, key=("causal_lm", "seq2seq", "classification", "tokens").index)
+    able = set(map(head_task, able_tasks(config)))
+    tasks = sorted(able, key=("causal_lm", "seq2seq", "classification", "tokens").index)
     if not tasks:
         raise UserError(f"{file}: model_type '{config.model_type}' is no language model or classifier of text.")
     return {task: _read_task(file, config, task, name) for task in tasks}

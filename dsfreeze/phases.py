@@ -102,7 +102,9 @@ class Phases:
         told = engine.gather(
             None if revision is None else (revision.plan.to_json(), dict(revision.scores), dict(revision.memory))
         )[0]
-        self.job.plan, scores, self.memory = FreezePlan.from_json(told[0]), told[1], told[2]
+        revised, scores, self.memory = FreezePlan.from_json(told[0]), told[1], told[2]
+        assert revised.masks == self.job.plan.masks, "the engine holds back what the first plan says"
+        self.job.plan = revised
         self.journal.revision(step, self.job.plan, scores)
         peak = engine.memory(reset_peak=self.job.plan.decide_at is None).peak
         self.selection = {

@@ -55,7 +55,7 @@ def draw(anatomy: Anatomy, plan: FreezePlan, cost: Estimate | None = None) -> Gr
     for phase in plan.phases[:DRAWN_FIRST] if many else plan.phases:
         if len(plan.phases) > 1:
             parts.append(Text(f"steps {phase.first_step} to {'the end' if phase.end is None else phase.end - 1}"))
-        rows = list(_rows(anatomy, phase))
+        rows = list(_rows(anatomy, plan, phase))
         shown |= {state for row in rows for state in row.states if state}
         parts.append(Padding(Picture(tuple(rows)), (1, 0, 1, 2)))
     if many:
@@ -88,6 +88,7 @@ def plan_as_dict(anatomy: Anatomy, plan: FreezePlan, cost: Estimate) -> dict[str
         "strategy": plan.strategy,
         "digest": plan.digest,
         "trainable": cost.trainable,
+        "held": cost.held,
         "total": cost.total,
         "percent": cost.percent,
         "bytes_per_rank": {key: getattr(cost, key) for key in _BYTES},
@@ -96,7 +97,7 @@ def plan_as_dict(anatomy: Anatomy, plan: FreezePlan, cost: Estimate) -> dict[str
                             "ratio": cost.flops_ratio},
         "adapter": asdict(plan.adapter) if plan.adapter else None,
         "steps_trained": steps_trained(anatomy, plan),
-        "sets": [_layers_as_dicts(anatomy, phase) for phase in firsts.values()],
+        "sets": [_layers_as_dicts(anatomy, plan, phase) for phase in firsts.values()],
         "phases": [
             {"first_step": p.first_step, "num_steps": p.num_steps, "lr_step": p.lr_step, "set": number[p.trainable]}
             for p in plan.phases
@@ -108,40 +109,41 @@ def plan_as_dict(anatomy: Anatomy, plan: FreezePlan, cost: Estimate) -> dict[str
 _BYTES = ("weights", "gradients", "masters", "optimizer_state", "parked", "on_host")
 
 
-def layer_states(anatomy: Anatomy, phase: Phase) -> dict[str, str]:
+def layer_states(anatomy: Anatomy, plan: FreezePlan, phase: Phase) -> dict[str, str]:
     """The state of every layer, by name: a key of `STATES`."""
     trainable = frozenset(phase.trainable)
     lowest = anatomy.lowest_trainable(trainable)
     return {
-        layer.name: _state(layer.tensors, trainable, in_prefix=index < lowest)
+        layer.name: _state(layer.tensors, plan, trainable, in_prefix=index < lowest)
         for index, layer in enumerate(anatomy.layers)
         if layer.tensors
     }
 
 
-def _state(tensors: Iterable[Tensor], trainable: frozenset[str], *, in_prefix: bool) -> str:
+def _state(tensors: Iterable[Tensor], plan: FreezePlan, trainable: frozenset[str], *, in_prefix: bool) -> str:
     active = [t for t in tensors if t.name in trainable]
     if not active:
         return "prefix" if in_prefix else "frozen"
     if all(t.category == "adapter" for t in active):
         return "adapter"
-    return "trainable" if len(active) == len(tuple(tensors)) else "partly"
+    whole = len(active) == len(tuple(tensors)) and not any(t.name in plan.held_back for t in active)
+    return "trainable" if whole else "partly"
 
 
-def _rows(anatomy: Anatomy, phase: Phase) -> Iterator[Row]:
-    states = layer_states(anatomy, phase)
+def _rows(anatomy: Anatomy, plan: FreezePlan, phase: Phase) -> Iterator[Row]:
+    states = layer_states(anatomy, plan, phase)
     blocks = [layer for layer in anatomy.layers if layer.is_block]
     if "embed" in states:
         yield Row("embed", (states["embed"],))
     yield from _wrapped("layers", [states[layer.name] for layer in blocks])
     if any(states[layer.name] == "partly" for layer in blocks):
-        yield from _category_rows(anatomy, phase, blocks)
+        yield from _category_rows(anatomy, plan, phase, blocks)
     for end in ("norm", "head"):
         if end in states:
             yield Row(end, (states[end],))
 
 
-def _category_rows(anatomy: Anatomy, phase: Phase, blocks: list[Layer]) -> Iterator[Row]:
+def _category_rows(anatomy: Anatomy, plan: FreezePlan, phase: Phase, blocks: list[Layer]) -> Iterator[Row]:
     """Below the layers: for each category, the state of its tensors in each layer."""
     trainable = frozenset(phase.trainable)
     lowest = anatomy.lowest_trainable(trainable)
@@ -150,7 +152,7 @@ def _category_rows(anatomy: Anatomy, phase: Phase, blocks: list[Layer]) -> Itera
         states: list[str | None] = []
         for layer in blocks:
             own = [t for t in layer.tensors if t.category == category]
-            states.append(_state(own, trainable, in_prefix=indices[layer.name] < lowest) if own else None)
+            states.append(_state(own, plan, trainable, in_prefix=indices[layer.name] < lowest) if own else None)
         yield from _wrapped("  " + category, states)
 
 
@@ -232,6 +234,8 @@ def _title(anatomy: Anatomy, plan: FreezePlan) -> str:
 def _figures(cost: Estimate) -> Iterator[str]:
     states = cost.masters + cost.optimizer_state
     yield f"trainable        {million(cost.trainable)} of {million(cost.total)} parameters ({cost.percent:.2f} %)"
+    if cost.held > cost.trainable:
+        yield f"in tensors of    {million(cost.held)}, which gradients and optimizer state are of"
     yield f"optimizer state  {gib(states)} a rank ({gib(cost.masters)} masters + {gib(cost.optimizer_state)} moments)"
     if cost.parked:
         yield f"parked state     {gib(cost.parked)} a rank, of tensors that trained before and wait"
@@ -252,14 +256,14 @@ def _si(number: float) -> str:
     return f"{number:.0f} FLOP"
 
 
-def _layers_as_dicts(anatomy: Anatomy, phase: Phase) -> list[dict[str, Any]]:
+def _layers_as_dicts(anatomy: Anatomy, plan: FreezePlan, phase: Phase) -> list[dict[str, Any]]:
     trainable = frozenset(phase.trainable)
-    states = layer_states(anatomy, phase)
+    states = layer_states(anatomy, plan, phase)
     return [
         {
             "name": layer.name,
             "state": states[layer.name],
-            "trainable": sum(t.numel for t in layer.tensors if t.name in trainable),
+            "trainable": sum(plan.elements_of(t) for t in layer.tensors if t.name in trainable),
             "total": layer.numel,
         }
         for layer in anatomy.layers

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from dsfreeze.anatomy import Anatomy
+from dsfreeze.anatomy import Anatomy, Tensor
 from dsfreeze.errors import UserError
 
 #: What happens to Adam's state of a tensor that stops training; `refreeze` defines the three.
@@ -62,12 +62,31 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class Mask:
+    """Of a tensor the elements that train when it does; the others keep their bits (`engine/masks.py` sees to it).
+
+    Said in one of three ways: `rows`, blocks [first, last) of a fused matrix's outputs (and of its bias); `share` of the elements,
+    drawn from `seed` and the tensor's name; `file`, safetensors of booleans by tensor name, whose content has that `sha256`.
+    `trained` is the number of elements that train.
+    """
+
+    tensor: str
+    trained: int
+    rows: tuple[tuple[int, int], ...] = ()
+    share: float | None = None
+    seed: int | None = None
+    file: str | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
 class FreezePlan:
     """Phases that tile the run, in order, none empty; the strategy's name and notes for people.
 
     Tensor names are those of `anatomy.with_adapters(...)` where there is an adapter. `notes` (decisions the strategy took:
     rounding, ties) are not part of the digest. `state` and `drop_master` are `refreeze`'s; after a switch the learning
-    rate rises linearly for `rewarmup_steps`; layers in `rates` have their own. An adaptive plan is revised after
+    rate rises linearly for `rewarmup_steps`; layers in `rates` have their own. Of tensors in `masks` some elements alone train, in
+    every phase that names them. An adaptive plan is revised after
     `decide_at` steps: its last phase is open until then.
     """
 
@@ -80,6 +99,7 @@ class FreezePlan:
     rewarmup_steps: int = 0
     rates: tuple[Rate, ...] = ()
     decide_at: int | None = None
+    masks: tuple[Mask, ...] = ()
 
     def __post_init__(self) -> None:
         """UserError unless the phases tile the run: from step 0, without gaps or overlaps, none of them empty."""
@@ -121,6 +141,16 @@ class FreezePlan:
         return frozenset(name for chosen in dict.fromkeys(p.trainable for p in self.phases) for name in chosen)
 
     @cached_property
+    def held_back(self) -> dict[str, Mask]:
+        """The masks by tensor."""
+        return {mask.tensor: mask for mask in self.masks}
+
+    def elements_of(self, tensor: Tensor) -> int:
+        """How many elements of a tensor train when it does."""
+        mask = self.held_back.get(tensor.name)
+        return tensor.numel if mask is None else mask.trained
+
+    @cached_property
     def _starts(self) -> list[int]:
         return [phase.first_step for phase in self.phases]
 
@@ -133,7 +163,9 @@ class FreezePlan:
         phases = [p for p in self.phases if p.first_step < step]
         last = phases[-1]
         phases[-1] = Phase(last.first_step, step - last.first_step, last.trainable, last.lr_step)
-        return replace(self, phases=tuple(phases), decide_at=None)
+        trained = {name for phase in phases for name in phase.trainable}
+        masks = tuple(mask for mask in self.masks if mask.tensor in trained)  # a longer run may have more
+        return replace(self, phases=tuple(phases), decide_at=None, masks=masks)
 
     def adapted(self, anatomy: Anatomy) -> Anatomy:
         """The anatomy whose names the phases use: the model's own, or with the adapters in place."""
@@ -149,9 +181,14 @@ class FreezePlan:
         sets = list(dict.fromkeys(phase.trainable for phase in self.phases))
         number = {chosen: n for n, chosen in enumerate(sets)}
         phases = [[p.first_step, p.num_steps, number[p.trainable], p.lr_step] for p in self.phases]
-        others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("phases", "adapter", "rates")}
+        apart = ("phases", "adapter", "rates", "masks")
+        others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
+        masks = (
+            {"masks": [asdict(mask) for mask in self.masks]} if self.masks else {}
+        )  # plans without keep their digest
         return {
             **others,
+            **masks,
             "adapter": self.adapter and asdict(self.adapter),
             "rates": [asdict(rate) for rate in self.rates],
             "sets": sets,
@@ -167,6 +204,7 @@ class FreezePlan:
             raw["phases"] = tuple(Phase(first, num, sets[n], lr) for first, num, n, lr in raw["phases"])
             if raw["adapter"] is not None:
                 raw["adapter"] = Adapter(**{**raw["adapter"], "targets": tuple(raw["adapter"]["targets"])})
+            raw["masks"] = tuple(_mask(mask) for mask in raw.get("masks", ()))
             raw["rates"], raw["notes"] = tuple(Rate(**rate) for rate in raw["rates"]), tuple(raw["notes"])
             plan = cls(**raw)
         except UserError:
@@ -176,3 +214,7 @@ class FreezePlan:
         if plan.digest != digest:
             raise UserError("The freeze plan was changed by hand: its digest does not match its phases.")
         return plan
+
+
+def _mask(raw: dict[str, Any]) -> Mask:
+    return Mask(**{**raw, "rows": tuple((first, last) for first, last in raw["rows"])})

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from dsfreeze.activations import ATTENTIONS, Activations, TaskActivations
+from dsfreeze.anatomy import head_task
 from dsfreeze.embedded import cache_folder
 from dsfreeze.engine import Memory
 from dsfreeze.estimate.price import PlanCost, Price
@@ -109,9 +110,7 @@ def _read_once(module: nn.Module, task: str, attention: str | None, dtype_bytes:
     file = cache_folder() / "activations" / f"{key}.json"
     if file.is_file():
         return Activations.from_json(file.read_text(encoding="utf-8"))
-    found = read_activations(
-        config, {"causal_lm" if task == "sft" else task: kind}, attentions=ways, widths=[dtype_bytes]
-    )
+    found = read_activations(config, {head_task(task): kind}, attentions=ways, widths=[dtype_bytes])
     with suppress(OSError):  # where the cache cannot be written the next run reads anew
         write_whole(file, found.to_json())
     return found

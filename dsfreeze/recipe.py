@@ -13,16 +13,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dsfreeze.recipe_freeze import FREEZE_KEYS, SCORES_FORM, AdapterOptions, FreezeOptions, Strategy
+from dsfreeze.recipe_preference import PREFERENCE_KEYS, PreferenceOptions
+from dsfreeze.recipe_retain import MASKS_FILE, RetainOptions
 from dsfreeze.recipe_section import Limits, Section, Seed, Texts, checked_limits, refuse_unread
 
 __all__ = [
     "DATA_KEYS", "FREEZE_KEYS", "SCORES_FORM", "TASKS", "AdapterOptions", "AnalyzeOptions", "DataOptions", "FreezeOptions", "ModelOptions",
-    "Recipe", "Section", "Strategy", "Task", "TrainOptions",
+    "PreferenceOptions", "Recipe", "RetainOptions", "Section", "Strategy", "Task", "TrainOptions",
 ]  # fmt: skip
 
 OPTIMIZERS = ("adamw_torch",)
-TASKS = ("classification", "tokens", "causal_lm", "sft", "seq2seq")
-Task = Literal["classification", "tokens", "causal_lm", "sft", "seq2seq"]
+TASKS = ("classification", "tokens", "causal_lm", "sft", "seq2seq", "preference")
+Task = Literal["classification", "tokens", "causal_lm", "sft", "seq2seq", "preference"]
 
 #: The tasks that read a key of `data:`; the others refuse it.
 DATA_KEYS: dict[str, tuple[str, ...]] = {
@@ -63,7 +65,8 @@ class DataOptions(Section):
     eval_split: str = "validation"
     """Split of a hub dataset or folder to evaluate on."""
     text: Texts | None = None
-    """Text column(s): one, or a pair for sentence pairs; source and target for seq2seq."""
+    """Text column(s): one, or a pair for sentence pairs; source and target for seq2seq; the prompt for preference, whose
+    answers are in `chosen` and `rejected`."""
     label: str | None = None
     """Label column (classification), tag column (tokens)."""
     labels: Texts | None = None
@@ -77,7 +80,7 @@ class DataOptions(Section):
     packing: bool = False
     """sft: several examples a sequence, each attending to itself alone; causal_lm always fills its sequences."""
     max_length: Annotated[int, Field(ge=2)] = 512
-    """Longest sequence, in tokens; longer ones are cut (from the right)."""
+    """Longest sequence, in tokens; longer ones are cut (from the right). A preference pair is two of them."""
     max_train_examples: Annotated[int, Field(ge=1)] | None = None
     """Train on a seeded sample of this many examples."""
     max_eval_examples: Annotated[int, Field(ge=1)] | None = None
@@ -86,9 +89,10 @@ class DataOptions(Section):
     """seq2seq: text before every source ("translate English to German: ")."""
     metrics: Texts | None = None
     """Evaluation metrics; None takes the task's own. Of: accuracy, f1, f1_macro, matthews, pearson, spearman,
-    entity_f1, perplexity, rouge, bleu, exact_match."""
+    entity_f1, perplexity, reward_accuracy, reward_margin, rewards, rouge, bleu, exact_match, strict_match, first_char,
+    rouge_l, edit_similarity, sari."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
-    """Longest generated answer, for metrics that generate (rouge, bleu, exact_match)."""
+    """Longest generated answer, in tokens, for metrics that generate (all from rouge on)."""
 
     @field_validator("text")
     @classmethod
@@ -201,7 +205,7 @@ class AnalyzeOptions(Section):
     """What `dsfreeze analyze` measures, on how much data, and what it recommends."""
 
     scores: Texts | None = None
-    """Scores or families of scores (change, deviation, gradient, spectrum, similarity) to take; None takes all that the
+    """Scores or families of scores (change, deviation, gradient, magnitude, spectrum, similarity) to take; None takes all that the
     model and the task allow."""
     num_examples: Annotated[int, Field(ge=2)] = 64
     """Training examples to calibrate on, drawn by a hash of their content."""
@@ -227,7 +231,7 @@ class AnalyzeOptions(Section):
     ablation_examples: Annotated[int, Field(ge=2)] = 16
     """ablation: on so many of the examples, since it costs about L / 2 forward passes."""
     probe_steps: Annotated[int, Field(ge=1)] = 5
-    """change: training steps of each of the two probes."""
+    """change, gradient_norm_change: training steps of each of the two probes."""
     gate_steps: Annotated[int, Field(ge=1)] = 5
     """ila: steps of fitting the gates."""
     gate_learning_rate: Annotated[float, Field(gt=0)] = 0.5
@@ -256,7 +260,7 @@ class Recipe(Section):
     """The model: a name, or a section with `name` and options."""
     task: Task = "classification"
     """What is learnt: classification of sequences (or a regression), token tags, plain text, chats and instructions,
-    source to target."""
+    source to target, which of two answers is preferred."""
     data: DataOptions = DataOptions()
     """The examples."""
     freeze: FreezeOptions = FreezeOptions()
@@ -265,6 +269,10 @@ class Recipe(Section):
     """A name under ds_configs/, a path to a DeepSpeed JSON, or `local`: plain PyTorch in one process."""
     train: TrainOptions = TrainOptions()
     """How it is trained."""
+    preference: PreferenceOptions = PreferenceOptions()
+    """What a preference task minimises."""
+    retain: RetainOptions = RetainOptions()
+    """What is done so that earlier tasks are not forgotten."""
     analyze: AnalyzeOptions = AnalyzeOptions()
     """How `dsfreeze analyze` looks for where to fine-tune."""
 
@@ -274,6 +282,14 @@ class Recipe(Section):
         return {"name": value} if isinstance(value, str) else value
 
     @property
+    def planned_freeze(self) -> FreezeOptions:
+        """What a run of this recipe plans by: `freeze`, with what earlier tasks own held back where packnet retains them."""
+        memory, given = self.retain.memory, self.freeze.mask_file
+        if self.retain.method != "packnet" or memory is None or given is not None:
+            return self.freeze
+        return self.freeze.model_copy(update={"mask_file": memory / MASKS_FILE})
+
+    @property
     def digest(self) -> str:
         """Of the resolved values: ranks with the same digest were asked for the same run."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
@@ -281,4 +297,5 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _agree(self) -> Recipe:
         refuse_unread(self.data, DATA_KEYS, "task", self.task, inside="data")
+        refuse_unread(self.preference, PREFERENCE_KEYS, "task", self.task, inside="preference")
         return self

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from dsfreeze.recipe_section import Limits, Section, Seed, Texts, checked_limits, refuse_unread
 
 Strategy = Literal[
-    "full", "head", "bottom", "top", "interval", "random", "middle", "ranked", "budget", "salf", "patterns",
+    "full", "head", "bottom", "top", "interval", "random", "middle", "ranked", "budget", "salf", "half", "patterns",
     "bitfit", "norms", "attention", "lora", "dora",
     "lisa", "badam", "hift", "owlore", "sweep", "gradual_unfreezing", "freezeout", "step_ranges",
     "adt_h", "adt_l", "autofreeze", "tang_like", "egeria_like", "smartfrz", "adagradselect", "grass", "blockllm",
@@ -21,6 +21,9 @@ SCORES_FORM = '{"scores": {"layers.0": 0.12, ...}}'
 
 #: Keys that decide how a plan is run, not what it trains: another value goes on with the same checkpoint.
 CACHE_KEYS = ("prefix_cache", "prefix_cache_dtype", "prefix_cache_dir", "evict_prefix")
+
+#: Strategies that cannot do without a file of scores.
+NEEDS_SCORES = ("ranked", "owlore", "budget", "salf")
 
 _BY_FRACTION = ("bottom", "top", "random", "middle", "ranked", "bitfit", "norms", "attention", "lora", "dora")
 _BY_NUMBER = (*_BY_FRACTION, "interval")
@@ -33,14 +36,20 @@ _ADAPTIVE = (*_ADT, *_DECIDING)
 #: The strategies that read a key of `freeze:`; the others refuse it. Keys that are not here are read by all.
 FREEZE_KEYS: dict[str, tuple[str, ...]] = {
     # full and head say aloud that they do not use a number: it is a natural override
-    "fraction": (*_BY_NUMBER, *_ADT, "full", "head"),
+    "fraction": (*_BY_NUMBER, *_ADT, "half", "full", "head"),
     "count": (*_BY_NUMBER, *_ADT, "full", "head"),
-    "round": (*_BY_FRACTION, *_ADT),
+    "rounding": (*_BY_FRACTION, *_ADT),
     "offset": ("interval",),
     "granularity": (*_BY_NUMBER, *_ROTATING, "sweep", "budget"),
-    "seed": ("random", *_ROTATING, "adagradselect", "grass", "blockllm"),
-    "scores": ("ranked", "owlore", "budget", "salf"),
-    "score": ("ranked", "owlore", "budget"),
+    "seed": ("random", "half", *_ROTATING, "adagradselect", "grass", "blockllm"),
+    "scores": (*NEEDS_SCORES, "half"),
+    "score": ("ranked", "owlore", "budget", "half"),
+    "level": ("half",),
+    "round": ("half",),
+    "masks": ("half",),
+    "depth": ("half",),
+    "balanced": ("half",),
+    "count_by": ("half",),
     "budget": ("budget",),
     "trace": ("salf",),
     "gain": ("salf",),
@@ -106,11 +115,11 @@ class FreezeOptions(Section):
     strategy: Strategy = "bottom"
     """How the frozen layers are chosen; README has the table, docs/methods/ those that move."""
     fraction: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of the units (layers, by default) to freeze; with `count` unset, 0.5."""
+    """Share of the units (layers, by default) to freeze; with `count` unset, 0.5. half takes 0.25 to 0.75."""
     count: Annotated[int, Field(ge=0)] | None = None
     """Number of units to freeze, instead of `fraction`."""
-    round: Literal["floor", "nearest", "ceil"] = "floor"
-    """Rounding of fraction x units (the paper is silent; floor is ours)."""
+    rounding: Literal["floor", "nearest", "ceil"] = "floor"
+    """Rounding of fraction x units (the paper is silent; floor is ours). Also read as `round: floor`."""
     offset: Annotated[int, Field(ge=0)] | None = None
     """interval: freeze unit i when (i - offset) % every == 0; None freezes when (i + 1) % every == 0, so layers.0
     trains."""
@@ -125,15 +134,30 @@ class FreezeOptions(Section):
     head: Literal["auto", "freeze", "train"] = "auto"
     """The head; auto trains it, unless it is tied to a frozen embedding."""
     seed: Seed = 42
-    """random, lisa, owlore, badam, hift, adagradselect, grass, blockllm: seed of the draws."""
+    """random, half, lisa, owlore, badam, hift, adagradselect, grass, blockllm: seed of the draws."""
     scores: Path | None = None
     """A JSON file of scores, as `dsfreeze analyze` writes it, or {"scores": {"layers.0": 0.12, ...}}. ranked: the
-    lowest-scored units are frozen; owlore: the weights of the draw; budget: what each unit brings; salf: its traces."""
+    lowest-scored units are frozen; owlore: the weights of the draw; budget: what each unit brings; salf: its traces; half: the
+    highest-scored train instead of those drawn."""
     score: str | None = None
     """Which of the scores that `dsfreeze analyze` took; None takes the file's own choice."""
     budget: Limits | None = None
     """budget: limits that the set keeps, such as {flops: -40%}: shares of full tuning (0.5x, 50%, -40%), or, of memory on a
     rank, 40GiB, and of trainable parameters, 10M. `time` is taken as FLOPs (ours)."""
+    level: Literal["category", "layer", "model", "element"] = "category"
+    """half: what is drawn: in each layer 2 of q, k, v, o, half of up, gate, down and half of the norms; whole layers; matrices of the
+    whole model; or single elements of every tensor."""
+    round: Annotated[int, Field(ge=0)] = 0
+    """half: number of the training stage, from 0; each draws its own half."""
+    masks: Literal["fresh", "same", "complement"] = "fresh"
+    """half: a fresh draw in each round; round 0's in all; or in odd rounds what the even round before froze."""
+    depth: Literal["uniform", "bottom", "top"] = "uniform"
+    """half: the layers in which it freezes: all, or the bottom or top half of them (ours); the others train whole."""
+    balanced: bool = False
+    """half, level category: draw one of q and o and one of k and v, which is exactly half of the attention however queries are
+    grouped (ours)."""
+    count_by: Literal["numel", "matrices"] = "numel"
+    """half, level model: half of the elements, or half of the number of matrices (which is published is unknown; numel is ours)."""
     trace: str = "deviation"
     """salf: which of the analyzed traces."""
     gain: Literal["a", "b", "c", "d"] = "a"
@@ -162,6 +186,9 @@ class FreezeOptions(Section):
     """LLaMA-Factory's spelling: n > 0 trains the last n layers, n < 0 the first -n; embedding, norm and head frozen."""
     adapter: AdapterOptions | None = None
     """Adapters on the trainable layers instead of their own weights."""
+    mask_file: Path | None = None
+    """Of the tensors in this file (safetensors of booleans by tensor name, as retain.method packnet leaves them) only the elements
+    that are true train, whatever the strategy; not with one that decides as it runs."""
 
     # -- moving: what trains changes on the way (docs/methods/)
     active_layers: Annotated[int, Field(ge=1)] | None = None
@@ -249,6 +276,18 @@ class FreezeOptions(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _a_word_for_round_is_the_rounding(cls, values: Any) -> Any:
+        """`round: ceil` was the rounding's key until `round` became a number."""
+        if (
+            not isinstance(values, dict)
+            or values.get("round") not in ("floor", "nearest", "ceil")
+            or "rounding" in values
+        ):
+            return values
+        return {("rounding" if key == "round" else key): value for key, value in values.items()}
+
+    @model_validator(mode="before")
+    @classmethod
     def _patterns_imply_their_strategy(cls, values: Any) -> Any:
         if not isinstance(values, dict) or "strategy" in values:
             return values
@@ -261,9 +300,9 @@ class FreezeOptions(Section):
         refuse_unread(self, FREEZE_KEYS, "freeze.strategy", self.strategy)
         if self.fraction is not None and self.count is not None:
             raise ValueError("fraction and count exclude each other; keep one")
-        if self.count is not None and self.round != "floor":
-            raise ValueError("round is about a fraction of the units, and count is a whole number; keep one")
-        if self.strategy in FREEZE_KEYS["scores"] and self.scores is None:
+        if self.count is not None and self.rounding != "floor":
+            raise ValueError("rounding is about a fraction of the units, and count is a whole number; keep one")
+        if self.strategy in NEEDS_SCORES and self.scores is None:
             raise ValueError(
                 f"strategy '{self.strategy}' needs freeze.scores, a file that `dsfreeze analyze` writes, or JSON such as "
                 f"{SCORES_FORM}"
@@ -285,8 +324,43 @@ class FreezeOptions(Section):
             raise ValueError(
                 "evict_prefix trains on cached states alone, and prefix_cache is off; write memory, disk or auto"
             )
+        if self.mask_file is not None and self.strategy in _ADAPTIVE:
+            raise ValueError(
+                f"mask_file needs a plan that is made beforehand, and '{self.strategy}' decides as it runs"
+            )
+        if self.strategy == "half":
+            self._agree_on_half()
         self._agree_on_moving()
         return self
+
+    def _agree_on_half(self) -> None:
+        if self.fraction is not None and not 0.25 <= self.fraction <= 0.75:
+            raise ValueError(
+                f"strategy 'half' freezes 0.25 to 0.75 of the layers, and fraction is {self.fraction:g}. Write 0.5, or strategy "
+                "'random' with granularity category for any other share"
+            )
+        if self.adapter is not None:
+            raise ValueError(
+                "strategy 'half' chooses which of the model's own weights train, and with freeze.adapter none do. Write strategy "
+                "'lora', or 'random' with granularity category and the adapter"
+            )
+        if self.balanced and (self.level != "category" or self.fraction not in (None, 0.5)):
+            raise ValueError("balanced makes the attention exactly half: it goes with level category and fraction 0.5")
+        if self.count_by != "numel" and self.level != "model":
+            raise ValueError(
+                f"count_by is about level model, and level is {self.level}; leave it out, or write level: model"
+            )
+        if self.score is not None and self.scores is None:
+            raise ValueError(
+                "score names one of the scores in freeze.scores, which is missing; name the file, or leave it out"
+            )
+        if self.level == "element" and (self.scores is not None or self.masks == "complement"):
+            what = (
+                "scores rank tensors and layers"
+                if self.scores is not None
+                else "masks: complement swaps tensors or layers"
+            )
+            raise ValueError(f"{what}, and level element draws single elements; write another level")
 
     def _agree_on_moving(self) -> None:
         if self.strategy in (*_ROTATING, "sweep") and self.granularity in ("category", "bias"):

@@ -6,7 +6,7 @@ Each mistake names its key, where it stands (file:line or the command line), wha
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ from dsfreeze.errors import UserError, did_you_mean
 from dsfreeze.recipe import Recipe, Section
 from dsfreeze.recipe_reference import choices_of, item_type, sections, type_words
 from dsfreeze.recipe_yaml import Key, parse_value, parse_yaml, read_file
+from dsfreeze.section_reader import dotted
 
 COMMAND_LINE = "command line"
 SECTIONS: dict[Key, type[Section]] = dict(sections())
 #: Keys whose text may be a path; `locate` says from where it counts.
 PATHS: tuple[Key, ...] = (
-    ("model", "name"), ("data", "train"), ("data", "eval"), ("freeze", "scores"), ("zero",),
+    ("model", "name"), ("data", "train"), ("data", "eval"), ("freeze", "scores"), ("freeze", "mask_file"), ("zero",),
     ("train", "resume_from_checkpoint"), ("train", "output_dir"), ("analyze", "output_dir"), ("analyze", "reference"),
-    ("analyze", "checkpoint"), ("analyze", "drift_from"),
+    ("analyze", "checkpoint"), ("analyze", "drift_from"), ("retain", "memory"), ("retain", "remember"),
 )  # fmt: skip
 #: Other trainers' spellings of keys, and the strategy that each implies.
 PEERS: dict[Key, tuple[Key, str]] = {
@@ -57,17 +58,24 @@ class Draft:
 
     def blame(self, key: Key, text: str, place: str = "") -> None:
         """Note a mistake; the first one about a key is the one that is told."""
-        self.mistakes.setdefault(key, (place or self.place(key), f"{_dotted(key)}{': ' if key else ''}{text}"))
+        self.mistakes.setdefault(key, (place or self.place(key), f"{dotted(key)}{': ' if key else ''}{text}"))
 
     def report(self) -> str:
         """Every mistake, those of the file in its order, then those of the command line."""
 
-        def order(place: str) -> tuple[bool, int]:
-            line = place.rpartition(":")[2]
-            return place == COMMAND_LINE, int(line) if line.isdigit() else 0
+        return report(self.mistakes.values())
 
-        lines = [f"{place}: {text}" for place, text in sorted(self.mistakes.values(), key=lambda told: order(told[0]))]
-        return lines[0] if len(lines) == 1 else f"{len(lines)} mistakes:\n  " + "\n  ".join(lines)
+
+def report(mistakes: Iterable[tuple[str, str]]) -> str:
+    """One message of (place, text) pairs: those of a file in its order, then those of the command line, each once."""
+
+    def order(place: str) -> tuple[bool, int]:
+        line = place.rpartition(":")[2]
+        return place == COMMAND_LINE, int(line) if line.isdigit() else 0
+
+    told = sorted(dict.fromkeys(mistakes), key=lambda mistake: order(mistake[0]))
+    lines = [f"{place}: {text}" for place, text in told]
+    return lines[0] if len(lines) == 1 else f"{len(lines)} mistakes:\n  " + "\n  ".join(lines)
 
 
 def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
@@ -79,13 +87,18 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
     draft = _read(path) if path is not None else Draft(COMMAND_LINE)
     for word in overrides:
         _override(draft, word)
-    _spell_out_sections(draft)
-    for key in PATHS:
-        _locate(draft, key)
-    recipe = _validate(draft)
+    recipe = resolve(draft)
     if draft.mistakes:
         raise UserError(draft.report())
     return recipe
+
+
+def resolve(draft: Draft) -> Recipe:
+    """The recipe of a draft, or, with mistakes noted in the draft, one that is of no use."""
+    _spell_out_sections(draft)
+    for key in PATHS:
+        _locate(draft, key)
+    return _validate(draft)
 
 
 def locate(text: str, folder: Path | None) -> str:
@@ -116,7 +129,7 @@ def _rename_peers(draft: Draft) -> None:
             continue
         value, place = section.pop(str(peer[1])), draft.where.pop(peer, draft.origin)
         if own[1] in section:
-            draft.blame(peer, f"is another spelling of {_dotted(own)}, which is given too; keep one", place)
+            draft.blame(peer, f"is another spelling of {dotted(own)}, which is given too; keep one", place)
             continue
         section[str(own[1])] = value
         section.setdefault("strategy", strategy)
@@ -140,7 +153,7 @@ def _override(draft: Draft, word: str) -> None:
         draft.mistakes.pop(old, None)
     draft.where[key] = COMMAND_LINE
     if section is None:
-        draft.blame(key, f"'{_dotted(key[:-1])}' is a single value, not a section with keys")
+        draft.blame(key, f"'{dotted(key[:-1])}' is a single value, not a section with keys")
         return
     try:
         section[str(key[-1])] = parse_value(text)
@@ -229,7 +242,7 @@ def _follows_from(removed: frozenset[Key], key: Key, problem: Any) -> bool:
     freeze.strategy or task) that `key` is said not to go with."""
 
     def blames(gone: Key) -> bool:
-        return str(gone[-1]) in problem["msg"] if gone[: len(key)] == key else _dotted(gone) in problem["msg"]
+        return str(gone[-1]) in problem["msg"] if gone[: len(key)] == key else dotted(gone) in problem["msg"]
 
     return any(gone == key or blames(gone) for gone in removed)
 
@@ -261,7 +274,7 @@ def _unknown_key(key: Key) -> str:
     if tuple(name.split(".")) in _all_keys():
         first, _, rest = name.partition(".")
         return f"dots join sections on the command line alone; in a file write {rest} under {first}:"
-    elsewhere = [_dotted(other) for other in _all_keys() if other[-1] == name]
+    elsewhere = [dotted(other) for other in _all_keys() if other[-1] == name]
     if elsewhere:
         return f"unknown key here. Did you mean '{elsewhere[0]}'?"
     valid = list(SECTIONS[parent].model_fields)
@@ -291,10 +304,6 @@ def _key(location: tuple[str | int, ...]) -> Key:
 
 def _plain(key: Key) -> Key:
     return tuple(item for item in key if not isinstance(item, int))
-
-
-def _dotted(key: Key) -> str:
-    return "".join(f"[{item}]" if isinstance(item, int) else f".{item}" for item in key).lstrip(".")
 
 
 def _shown(value: Any) -> str:

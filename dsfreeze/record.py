@@ -8,6 +8,7 @@
       steps.jsonl        a line per step, written as it ends
       events.jsonl       evaluations, checkpoints, resumptions, phases entered
       revisions.jsonl    the plans that an adaptive strategy decided on, each with the scores that caused it
+      reference.safetensors  of a preference run: log-probabilities of its pairs under the model before the first step
       summary.json       at the end; absent while a run goes on, or was killed
 
 Whole files appear by renaming. Nothing of the process's environment variables or of any credential goes in.
@@ -32,6 +33,8 @@ from dsfreeze.recipe_yaml import dump_yaml, parse_yaml, read_file
 FORMAT_VERSION = 2
 RECIPE, PLAN, DEEPSPEED, ENVIRONMENT = "recipe.yaml", "plan.json", "deepspeed.json", "environment.json"
 STEPS, EVENTS, REVISIONS, SUMMARY = "steps.jsonl", "events.jsonl", "revisions.jsonl", "summary.json"
+#: Of a preference run (`dsfreeze.reference`).
+REFERENCE = "reference.safetensors"
 #: Folder of the exported model, beside the record.
 MODEL = "model"
 

@@ -33,7 +33,7 @@ def setting_of(recipe: Recipe, world_size: int) -> Setting:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a rank does in a step, as far as its price depends on it: sequences of a micro-batch, micro-steps, whether layers
+    """What a rank does in a step, as far as its price depends on it: sequences of a micro-batch (two a pair), micro-steps, whether layers
     recompute, the attention (None: transformers' choice), whether the frozen prefix is read from a cache, how that is stored
     (a freeze.prefix_cache_dtype) and where, and whether the prefix's weights are off the device."""
 
@@ -54,7 +54,7 @@ def workload_of(recipe: Recipe) -> Workload:
     train, freeze = recipe.train, recipe.freeze
     return Workload(
         recipe.task,
-        train.per_device_train_batch_size,
+        train.per_device_train_batch_size * (2 if recipe.task == "preference" else 1),
         train.gradient_accumulation_steps,
         train.gradient_checkpointing,
         recipe.model.attn_implementation,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dsfreeze.activations import Activations
-from dsfreeze.anatomy import SHIPPED, Anatomy, load_shipped, shipped
+from dsfreeze.anatomy import SHIPPED, Anatomy, head_task, load_shipped, shipped
 from dsfreeze.embedded import EMBEDDED, available, cache_folder
 from dsfreeze.errors import UserError
 from dsfreeze.files import write_whole
@@ -243,8 +243,7 @@ def _read_added(path: Path) -> tuple[str, dict[str, Anatomy]]:
 
 def _added_for_task(name: str, task: str, num_labels: int | None) -> Anatomy:
     _, tasks = _read_added(added()[name])
-    if task == "sft":
-        task = "causal_lm"
+    task = head_task(task)
     if task not in tasks:
         raise UserError(f"Model '{name}' cannot do task '{task}'. Its tasks: {', '.join(tasks)}.")
     anatomy = tasks[task]

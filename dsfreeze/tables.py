@@ -38,7 +38,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     rows = [
         ("steps", f"{summary['steps']}, last loss {summary['loss']:.4f}"),
         ("trainable", f"{million(summary['trainable'])} of {million(summary['total'])} parameters "
-                      f"({100 * summary['trainable'] / summary['total']:.1f} %)"),
+                      f"({100 * summary['trainable'] / summary['total']:.1f} %)" + _held(summary)),
         ("FLOPs per token", f"{100 * summary['flops_vs_full']:.0f} % of full tuning" + _spared(summary)),
         ("seconds per step", f"{summary['seconds_per_step']:.3f} (median)" if summary["seconds_per_step"] else "no step was left"),
         ("optimizer state", f"{gib(memory['optimizer_state'] + memory['masters'])} (masters and moments, this rank)"
@@ -63,6 +63,12 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _held(summary: Mapping[str, Any]) -> str:
+    """Where masks hold elements back, how many the trained tensors have."""
+    held = summary.get("held", summary["trainable"])
+    return f", in tensors of {million(held)}" if held > summary["trainable"] else ""
 
 
 def _spared(summary: Mapping[str, Any]) -> str:

@@ -63,8 +63,10 @@ def gpt2(depth: int = 4, d: int = 8, vocab: int = 32) -> Anatomy:
         conv = [("attn.c_attn", 3 * d, d, "qkv"), ("attn.c_proj", d, d, "o")]
         mlp = [("mlp.c_fc", 4 * d, d, "up"), ("mlp.c_proj", d, 4 * d, "down")]
         tensors = gain(f"{path}.ln_1", d, bias=True)
+        parts = {"qkv": (("q", d), ("k", d), ("v", d))}
         for name, rows, columns, category in conv:
-            tensors += [matrix(f"{path}.{name}", columns, rows, category, fan_in_fan_out=True)]
+            own = parts.get(category, ())
+            tensors += [matrix(f"{path}.{name}", columns, rows, category, fan_in_fan_out=True, parts=own)]
             tensors += [bias(f"{path}.{name}", rows)]
         tensors += gain(f"{path}.ln_2", d, bias=True)
         for name, rows, columns, category in mlp:
@@ -77,15 +79,17 @@ def gpt2(depth: int = 4, d: int = 8, vocab: int = 32) -> Anatomy:
     return Anatomy("tiny-gpt2", "gpt2", (Layer("embed", embed), *blocks, norm), d, d, vocab)
 
 
-def phi3(depth: int = 4, d: int = 8, vocab: int = 32) -> Anatomy:
+def phi3(depth: int = 4, d: int = 8, vocab: int = 32, *, kv: int | None = None) -> Anatomy:
     """Phi-3: fused qkv_proj and gate_up_proj, untied head."""
+    kv = kv or d
+    parts = (("q", d), ("k", kv), ("v", kv)), (("gate", 4 * d), ("up", 4 * d))
     blocks = []
     for i in range(depth):
         path = f"model.layers.{i}"
         tensors = [
             matrix(f"{path}.self_attn.o_proj", d, d, "o"),
-            matrix(f"{path}.self_attn.qkv_proj", 3 * d, d, "qkv"),
-            matrix(f"{path}.mlp.gate_up_proj", 8 * d, d, "gate_up"),
+            matrix(f"{path}.self_attn.qkv_proj", d + 2 * kv, d, "qkv", parts=parts[0]),
+            matrix(f"{path}.mlp.gate_up_proj", 8 * d, d, "gate_up", parts=parts[1]),
             matrix(f"{path}.mlp.down_proj", d, 4 * d, "down"),
             *gain(f"{path}.input_layernorm", d),
             *gain(f"{path}.post_attention_layernorm", d),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -64,13 +65,14 @@ class Expected:
     blocks: int = LAYERS
 
     def build(self, device: str = "meta") -> nn.Module:
+        """A model of its own config: a model that is told another attention writes it there."""
         auto = AutoModelForCausalLM
         if self.config.model_type in ("bert", "roberta", "deberta-v2", "modernbert"):
             auto = AutoModelForSequenceClassification
         elif self.config.is_encoder_decoder:
             auto = AutoModelForSeq2SeqLM
         with torch.device(device):
-            return auto.from_config(self.config)
+            return auto.from_config(copy.deepcopy(self.config))
 
 
 _LLAMA = "q k v o gate up down norm norm"

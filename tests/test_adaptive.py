@@ -563,7 +563,7 @@ def test_the_snippet_of_its_card(strategy):
 
 #: Two values of each key that make a difference on the random measurements.
 TOLD: dict[str, tuple[Any, Any]] = {
-    "fraction": (0.25, 0.75), "count": (1, 2), "round": ("floor", "ceil"), "seed": (1, 2), "active_layers": (1, 3),
+    "fraction": (0.25, 0.75), "count": (1, 2), "rounding": ("floor", "ceil"), "seed": (1, 2), "active_layers": (1, 3),
     "switch_every": (2, 3), "state": ("keep", "offload"), "drop_master": (False, True), "rewarmup_steps": (0, 3),
     "track_steps": (3, 4), "measure": ("abs_l2", "grad_l2"), "stability_check": (False, True), "percentile": (0, 100),
     "threshold": (0.01, 0.99), "window": (2, 3), "slope": (1e-9, 0.9), "hits": (1, 2), "thaw_factor": (1.1, None),
@@ -576,7 +576,7 @@ TOLD: dict[str, tuple[Any, Any]] = {
 def test_the_table_of_keys_is_what_the_rules_do(strategy):
     """Oracle: the plans, scores and last memory of a run, which a key changes exactly where FREEZE_KEYS says it is read."""
     for key, values in TOLD.items():
-        base = {"round": {"fraction": 0.4}, "drop_master": {"state": "clear"}}.get(key, {})
+        base = {"rounding": {"fraction": 0.4}, "drop_master": {"state": "clear"}}.get(key, {})
         traces = []
         for value in values:
             plain = FreezeOptions(strategy=strategy, **QUICK[strategy])

@@ -497,6 +497,7 @@ def test_an_analysis_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch)
         {"strategy": "ranked", "fraction": 0.5, "score": "fisher"},
         {"strategy": "budget", "fraction": None, "budget": {"flops": "70%"}},
         {"strategy": "salf", "fraction": None, "cut": "mode", "gain": "b"},
+        {"strategy": "half", "score": "wanda"},
     ],
 )
 def test_a_run_trains_by_the_file(home, content, tmp_path, freeze):
@@ -515,6 +516,11 @@ def test_a_run_trains_by_the_file(home, content, tmp_path, freeze):
     elif freeze["strategy"] == "budget":
         assert summary["flops_vs_full"] <= 0.7
         assert trained
+    elif freeze["strategy"] == "half":
+        scores, names = content["all"]["wanda"]["scores"], set(read_record(tmp_path).plan.phases[0].trainable)
+        for k in range(4):
+            own = [name for name in scores if name.startswith(f"model.layers.{k}.self_attn")]
+            assert names & set(own) == set(sorted(own, key=lambda name: -scores[name])[:2])
     else:
         end = min(content["cuts"]["b"]["dataset"]["mode"], 3)
         assert trained == {str(k) for k in range(end, 4)}

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dsfreeze.errors import UserError
 from dsfreeze.integrations import attach
-from dsfreeze.plan import FreezePlan, Phase, Rate
+from dsfreeze.plan import FreezePlan, Mask, Phase, Rate
 
 
 def weights_of(model):
@@ -327,6 +327,13 @@ def test_an_adaptive_plan(tmp_path):
     model = tiny_llama()
     with pytest.raises(UserError, match=r"adaptive plan.*dsfreeze train"):
         attach(make_trainer(tmp_path, model), replace(static(model), decide_at=3))
+
+
+def test_a_plan_with_masks(tmp_path):
+    model = tiny_llama()
+    masks = (Mask("lm_head.weight", 32, rows=((0, 1),)),)
+    with pytest.raises(UserError, match=r"masks of elements.*dsfreeze train"):
+        attach(make_trainer(tmp_path, model), replace(static(model), masks=masks))
 
 
 def test_a_trainer_that_steps_already(tmp_path):

@@ -15,6 +15,7 @@ from dsfreeze.errors import UserError
 from dsfreeze.estimate import estimate
 from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import FREEZE_KEYS, FreezeOptions
+from dsfreeze.recipe_freeze import NEEDS_SCORES
 from dsfreeze.strategies import STRATEGIES, make_plan
 from dsfreeze.strategies.ends import is_task_head
 
@@ -56,7 +57,7 @@ def hash_of(name: str) -> float:
 
 
 def options_of(strategy: str, scores_file: str | None = None) -> Iterator[FreezeOptions]:
-    more: dict = {"scores": scores_file} if strategy in FREEZE_KEYS["scores"] else {}
+    more: dict = {"scores": scores_file} if strategy in NEEDS_SCORES else {}
     more |= {"budget": {"flops": "90%"}} if strategy == "budget" else {}
     more |= (
         {"step_ranges": {"layers.[01]": 30, "layers.2": [10, 50], "layers.3": -1}} if strategy == "step_ranges" else {}
@@ -67,7 +68,8 @@ def options_of(strategy: str, scores_file: str | None = None) -> Iterator[Freeze
         yield FreezeOptions(freeze_trainable_layers=2)
         return
     yield FreezeOptions(strategy=strategy, **more)
-    if strategy != "budget":  # refused
+    yield from halves_of(scores_file) if strategy == "half" else ()
+    if strategy not in ("budget", "half"):  # refused
         yield FreezeOptions(strategy=strategy, adapter={"categories": ["q", "o"]}, **more)
     for granularity in GRANULARITIES if strategy in FREEZE_KEYS["granularity"] else ():
         if granularity == "bias" and strategy in ("norms", "attention"):
@@ -79,6 +81,18 @@ def options_of(strategy: str, scores_file: str | None = None) -> Iterator[Freeze
             continue
         for fraction in (0.25, 0.5, 0.75):
             yield FreezeOptions(strategy=strategy, granularity=granularity, fraction=fraction, **more)
+
+
+def halves_of(scores_file: str | None) -> Iterator[FreezeOptions]:
+    """Every level, with the options that go with it."""
+    for level in ("category", "layer", "model", "element"):
+        for more in ({"fraction": 0.25}, {"fraction": 0.6}, {"depth": "top"}, {"round": 3}):
+            yield FreezeOptions(strategy="half", level=level, **more)
+        if level != "element":
+            yield FreezeOptions(strategy="half", level=level, masks="complement", round=1)
+            yield FreezeOptions(strategy="half", level=level, scores=scores_file)
+    yield FreezeOptions(strategy="half", balanced=True)
+    yield FreezeOptions(strategy="half", level="model", count_by="matrices")
 
 
 def plan_or_excuse(anatomy: Anatomy, options: FreezeOptions) -> FreezePlan | None:
@@ -121,13 +135,16 @@ def check(anatomy: Anatomy, options: FreezeOptions, plan: FreezePlan) -> None:
         assert longer.until(STEPS).digest == plan.until(STEPS).digest
     cost = estimate(anatomy, plan)
     assert 0 < cost.trainable <= cost.total
-    assert cost.optimizer_state == 8 * cost.trainable
+    assert cost.optimizer_state == 8 * cost.held
+    assert cost.held >= cost.trainable
+    assert (cost.held > cost.trainable) == bool(plan.masks)
+    assert {mask.tensor for mask in plan.masks} <= plan.ever_trained
 
 
 def check_ends(adapted: Anatomy, options: FreezeOptions, names: tuple[str, ...]) -> None:
     frozen_first = not any(t.name in names for t in adapted.blocks[0].tensors)
     embedding_trains = any(t.name in names for t in adapted.layer("embed").tensors)
-    if options.strategy not in ("patterns", "head", "lisa", "owlore", "hift", "step_ranges"):
+    if options.strategy not in ("patterns", "head", "lisa", "owlore", "hift", "step_ranges", "half"):
         assert not (frozen_first and embedding_trains), "the embedding is frozen with layers.0"
     if is_task_head(adapted):
         head = {t.name for t in adapted.layer("head").tensors}
@@ -162,7 +179,7 @@ def test_digests_do_not_depend_on_the_process():
         "print([p(anatomies.bert(), O(strategy=s, granularity='category')).digest"
         " for s in ('random', 'bottom', 'bitfit', 'lora')]);"
         "print([p(anatomies.bert(), O(strategy=s), 99).digest"
-        " for s in ('lisa', 'badam', 'hift', 'sweep', 'gradual_unfreezing', 'freezeout')])"
+        " for s in ('lisa', 'badam', 'hift', 'sweep', 'gradual_unfreezing', 'freezeout', 'half')])"
     )
     outputs = set()
     for seed in ("1", "2"):
@@ -200,7 +217,7 @@ def of_each_kind() -> list[str]:
 @pytest.mark.parametrize("name", of_each_kind())
 def test_shipped_anatomies_take_every_strategy(name):
     """Oracle: the same promises, on the real shapes."""
-    take(load_shipped(name), sorted(set(STRATEGIES) - {*FREEZE_KEYS["scores"], "patterns", "step_ranges"}))
+    take(load_shipped(name), sorted(set(STRATEGIES) - {*NEEDS_SCORES, "patterns", "step_ranges"}))
 
 
 @pytest.mark.parametrize("name", sorted(set(shipped()) - set(of_each_kind())))

@@ -18,6 +18,7 @@ from dsfreeze.data.packing import fill_bins
 from dsfreeze.errors import UserError
 
 SHARED = Path(__file__).parents[1] / "../shared"
+STORIES = SHARED / "weights/stories15M"
 
 CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -114,8 +115,22 @@ def test_a_tokenizer_without_template_gets_a_plain_one(tmp_path: Path, caplog: p
         data = prepared("sft", tokenizer, train=rows_file(tmp_path, [{"question": "Who?", "answer": "Me."}]))
     assert "no chat template" in caplog.text
     assert tokenizer.chat_template
-    assert tokenizer.decode(data.train[0]["input_ids"]) == "User: Who?\nAssistant: Me.</s>\n"
+    assert tokenizer.decode(data.train[0]["input_ids"]) == "User: Who?\nAssistant:\nMe.</s>\n"
     assert learnt(data.train[0], tokenizer) == "Me.</s>\n"
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason=f"{STORIES} is not at hand: a sentencepiece tokenizer")
+def test_the_plain_template_lets_the_first_word_be_learnt(tmp_path: Path) -> None:
+    """A sentencepiece tokenizer joins a blank to the word behind it: after `Assistant: ` an answer of one word would be part of the
+    prompt. Oracle: the tokens learnt and the tokens of the prompt are those of the chat, cut in two."""
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    path = rows_file(tmp_path, [{"question": "Good or bad?", "answer": "bad"}])
+    data = prepared("sft", tokenizer, train=path, eval=path, metrics=["exact_match"])
+    ids = data.train[0]["input_ids"]
+    assert learnt(data.train[0], tokenizer).startswith("bad</s>")
+    assert data.prompts.input_ids[0] == ids[: len(data.prompts.input_ids[0])]
+    answer = [label for label in data.train[0]["labels"] if label != -100]
+    assert [*data.prompts.input_ids[0], *answer] == ids
 
 
 def test_prompts_end_where_the_answer_begins(tmp_path: Path) -> None:
@@ -214,7 +229,7 @@ def test_packed_loss_is_the_unpacked_loss(tmp_path: Path, attention: str, answer
     (loss, gradients), (expected, wanted) = total(packed, 2), total(apart, 1)
     assert torch.isclose(loss, expected, rtol=1e-6)
     for gradient, right in zip(gradients, wanted, strict=True):
-        torch.testing.assert_close(gradient, right, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradient, right, rtol=1e-4, atol=5e-6)  # sums in another order
 
 
 def test_a_model_that_cannot_keep_examples_apart_is_refused() -> None:

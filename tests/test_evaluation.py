@@ -25,6 +25,7 @@ from transformers import (
 from dsfreeze.data import TaskData
 from dsfreeze.errors import UserError
 from dsfreeze.evaluation import evaluate
+from dsfreeze.objectives import Objective
 from dsfreeze.recipe import Recipe
 
 
@@ -40,6 +41,8 @@ class Ranks:
 
 class Rank:
     """The part of an engine that evaluation uses; ranks are threads over one model."""
+
+    objective = Objective()
 
     def __init__(self, module: Any, ranks: Ranks, rank: int) -> None:
         self.module, self.ranks, self.rank, self.world_size = module, ranks, rank, ranks.world_size

@@ -74,6 +74,18 @@ def test_a_recipe_can_be_analyzed(checkout):
     assert checkout.calls() == [[*TRAIN, "--num_gpus", "2", *words]]
 
 
+@pytest.mark.parametrize("key", ["tasks", "suite"])
+def test_a_sequence_of_tasks_is_known_by_its_keys(checkout, key):
+    """Below the top level, and beside `analyze`, the word means nothing."""
+    file = checkout.root.parent / "my tasks.yaml"
+    file.write_text(f"model: m\n{key}: []\n", encoding="utf-8")
+    assert checkout.run("--num_gpus", "2", file.name, "seeds=1").stderr == ""
+    file.write_text(f"model: m\ndata:\n  {key}: []\n", encoding="utf-8")
+    checkout.run("--num_gpus", "2", file.name)
+    launched = [*TRAIN, "--num_gpus", "2", "--module", "dsfreeze"]
+    assert checkout.calls() == [[*launched, "continual", file.name, "seeds=1"], [*launched, "train", file.name]]
+
+
 def test_without_a_gpu_one_rank_is_chosen_and_told(checkout):
     done = checkout.run("--master_port", "29501", "r.yml")
     assert checkout.calls() == [[*TRAIN, "--master_port", "29501", "--num_accelerators", "1", *MODULE, "r.yml"]]
@@ -114,7 +126,12 @@ def test_the_quickstart(checkout, words):
 
 def test_the_tests(checkout):
     assert checkout.run("test", "-m", "not slow").returncode == 0
-    checks = [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["pytest", "-m", "not slow"]]
+    checks = [
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["mypy"],
+        ["pytest", "--numprocesses", "2", "--dist", "loadfile", "-m", "not slow"],
+    ]
     assert checkout.calls() == [["-m", *check] for check in checks]
 
 

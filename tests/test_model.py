@@ -58,7 +58,7 @@ def head(module: nn.Module) -> torch.Tensor:
 # -- modules -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", ["classification", "tokens", "causal_lm", "sft"])
+@pytest.mark.parametrize("task", ["classification", "tokens", "causal_lm", "sft", "preference"])
 @pytest.mark.filterwarnings("error")
 def test_weights_are_the_folders_own(llama: Path, task: str) -> None:
     """Oracle: the safetensors file; everything but a fresh head is in it, bit for bit, and nothing is warned about."""

@@ -156,9 +156,10 @@ def test_dict_is_json_and_adds_up(strategy):
 
 def test_prefix_state_is_the_anatomys_prefix():
     for anatomy in anatomies.everything().values():
-        phase = plan_of(anatomy, fraction=0.5).phases[0]
+        plan = plan_of(anatomy, fraction=0.5)
+        phase = plan.phases[0]
         prefix = [layer.name for layer in anatomy.prefix(phase.trainable)]
-        assert [name for name, state in layer_states(anatomy, phase).items() if state == "prefix"] == prefix
+        assert [name for name, state in layer_states(anatomy, plan, phase).items() if state == "prefix"] == prefix
 
 
 def test_an_adaptive_plan_says_when_it_decides():

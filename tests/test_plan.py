@@ -7,12 +7,13 @@ import json
 import pytest
 
 from dsfreeze.errors import UserError
-from dsfreeze.plan import FreezePlan, Phase, Rate
+from dsfreeze.plan import FreezePlan, Mask, Phase, Rate
 
 A, B, C = ("a.weight",), ("b.weight",), ("a.weight", "b.weight")
 PLAN = FreezePlan(
     "made", (Phase(0, 2, A), Phase(2, 3, B, lr_step=0), Phase(5, 1, A), Phase(6, None, C)), state="offload",
     rewarmup_steps=2, rates=(Rate("layers.0", 0.5, 4),), decide_at=9,
+    masks=(Mask("a.weight", 2, rows=((0, 1), (3, 4))), Mask("b.weight", 5, share=0.5, seed=1)),
 )  # fmt: skip
 
 
@@ -32,6 +33,7 @@ def test_json_and_back_keeps_everything_and_writes_a_set_once():
     "change",
     [
         {"phases": (Phase(0, None, A),)}, {"state": "keep"}, {"rewarmup_steps": 3}, {"rates": ()}, {"decide_at": 8},
+        {"masks": ()}, {"masks": (PLAN.masks[0], Mask("b.weight", 5, share=0.5, seed=2))},
         {"phases": (*PLAN.phases[:1], Phase(2, 3, B), *PLAN.phases[2:])},
     ],
     ids=str,
@@ -53,6 +55,7 @@ def test_until_is_what_was_done():
     assert PLAN.until(5).ever_trained == {"a.weight", "b.weight"}
     assert PLAN.until(2).ever_trained == {"a.weight"}
     assert PLAN.until(7).phases[-1] == Phase(6, 1, C)
+    assert (PLAN.until(2).masks, PLAN.until(3).masks) == (PLAN.masks[:1], PLAN.masks)
     longer = FreezePlan(**{**vars_of(PLAN), "phases": (*PLAN.phases[:3], Phase(6, 5, C), Phase(11, None, A))})
     assert longer.until(8).digest == PLAN.until(8).digest
     assert longer.until(12).digest != PLAN.until(12).digest

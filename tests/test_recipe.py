@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from dsfreeze.continual.reading import read_course
 from dsfreeze.errors import UserError
 from dsfreeze.metrics import METRICS
 from dsfreeze.quickstart import FULL, RECIPE
@@ -194,7 +195,7 @@ def test_galore_is_refused_with_the_optimizers_that_work_and_why(written):
         ("model: 5", [], ["model: is 5; it is a section with the keys name"]),
         ("", [], ["recipe.yaml: model: is missing"]),
         ("model: a\ntrain.max_steps: 3", [], [":2: train.max_steps: dots join", "write max_steps under train:"]),
-        ("model: a\ntask: preference", [], ["is 'preference'.", "Valid: classification, tokens, causal_lm, sft"]),
+        ("model: a\ntask: preferences", [], ["is 'preferences'.", "Valid: classification, tokens, causal_lm, sft"]),
         ("model: a\ntrain: {learning_rate: .inf}", [], ["train.learning_rate: is inf; it takes a number above 0"]),
         ("model: a\ntrain: {max_steps: 0}", [], ["max_steps: is 0; write a positive number of steps, or -1"]),
         ("model: a\ntrain: {seed: -1}", [], ["train.seed: is -1; it takes a whole number from 0"]),
@@ -273,12 +274,12 @@ freeze:
 
 
 def test_a_key_that_nothing_reads_is_a_mistake_with_its_line(written):
-    """Oracle: the lines of UNREAD, counted by hand; `round: floor` is the default and says nothing."""
+    """Oracle: the lines of UNREAD, counted by hand; `round: floor` is rounding's default, and says nothing."""
     header, *lines = told(written(UNREAD)).splitlines()
     expected = [(4, "data.prefix: task 'sft'", "seq2seq"), (5, "data.label: task 'sft'", "classification, tokens"),
-                (8, "freeze.scores: freeze.strategy 'bottom'", "ranked, owlore, budget, salf"),
+                (8, "freeze.scores: freeze.strategy 'bottom'", "ranked, owlore, budget, salf, half"),
                 (9, "freeze.offset: freeze.strategy 'bottom'", "interval"),
-                (10, "freeze.seed: freeze.strategy 'bottom'", "random, lisa, badam, hift, owlore, adagradselect, grass, blockllm")]  # fmt: skip
+                (10, "freeze.seed: freeze.strategy 'bottom'", "random, half, lisa, badam, hift, owlore, adagradselect, grass, blockllm")]  # fmt: skip
     assert header == f"{len(expected)} mistakes:"
     for line, (number, start, readers) in zip(lines, expected, strict=True):
         assert f"recipe.yaml:{number}: {start} does not read it (only {readers})." in line
@@ -293,8 +294,8 @@ def test_a_key_that_nothing_reads_is_a_mistake_with_its_line(written):
         (["freeze.trainable=head", "freeze.granularity=bias"], "command line: freeze.granularity: freeze.strategy 'patterns'"),
         (["freeze.strategy=top", "freeze.trainable=head"], "command line: freeze.trainable: freeze.strategy 'top'"),
         (["freeze.trainable=head", "freeze.fraction=0.5"], "command line: freeze.fraction: freeze.strategy 'patterns'"),
-        (["freeze.strategy=interval", "freeze.round=ceil"], "command line: freeze.round: freeze.strategy 'interval'"),
-        (["freeze.count=2", "freeze.round=ceil"], "command line: freeze: round is about a fraction"),
+        (["freeze.strategy=interval", "freeze.rounding=ceil"], "command line: freeze.rounding: freeze.strategy 'interval'"),
+        (["freeze.count=2", "freeze.round=ceil"], "command line: freeze: rounding is about a fraction"),
         (["data.packing=true"], "command line: data.packing: task 'classification' does not read it (only sft)"),
         (["task=causal_lm", "data.max_new_tokens=9"], "command line: data.max_new_tokens: task 'causal_lm'"),
     ],
@@ -312,7 +313,7 @@ SALF = ["freeze.strategy=salf", "freeze.scores=s.json"]
     [
         (["freeze.budget={flops: 50%}"], "freeze.budget: freeze.strategy 'bottom' does not read it (only budget)."),
         ([*SALF, "freeze.budget={flops: 50%}"], "freeze.budget: freeze.strategy 'salf' does not read it (only budget)."),
-        ([*SALF, "freeze.score=fisher"], "freeze.score: freeze.strategy 'salf' does not read it (only ranked, owlore, budget)."),
+        ([*SALF, "freeze.score=fisher"], "freeze.score: freeze.strategy 'salf' does not read it (only ranked, owlore, budget, half)."),
         ([*SALF, "freeze.fraction=0.5"], "freeze.fraction: freeze.strategy 'salf' does not read it"),
         *(([*BUDGET, f"freeze.{key}={value}"], f"freeze.{key}: freeze.strategy 'budget' does not read it (only salf).")
           for key, value in (("trace", "logit_lens"), ("gain", "b"), ("tau", "0.5"), ("cut", "mode"), ("min_layers", "2"),
@@ -387,7 +388,8 @@ def test_a_resolved_recipe_is_read_again(words, written):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.stem)
 def test_shipped_recipes_are_read(file):
-    assert load_recipe(file).model.name
+    """A sequence of tasks makes recipes too."""
+    assert read_course(file).spec.model if file.stem == "continual" else load_recipe(file).model.name
 
 
 def test_both_halves_of_the_quickstart_are_read():
@@ -545,7 +547,10 @@ def test_overrides_that_the_pages_show_are_read(line):
     """Oracle: the reader."""
     words = [word for word in shlex.split(line, comments=True) if "=" in word]
     assert words
-    load_recipe(None, ["model=minilm-l6", *words])
+    if line.startswith("dsfreeze continual "):
+        read_course(ROOT / "recipes/continual.yaml", words)
+    else:
+        load_recipe(None, ["model=minilm-l6", *words])
 
 
 def test_the_metrics_are_listed():

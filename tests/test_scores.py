@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_analyze import analyze, calibrated, language_data
+from test_analyze import analyze, calibrated, gpt2_folder, language_data
 from torch import nn
 
+from dsfreeze.analyze import requested
 from dsfreeze.analyze.bench import Bench, halves_of
 from dsfreeze.analyze.calibration import calibration_sample
 from dsfreeze.analyze.gates import fit_gates
 from dsfreeze.anatomy import Anatomy, Layer, Tensor
 from dsfreeze.engine.process import evaluation_engine
+from dsfreeze.errors import UserError
 from dsfreeze.job import load_task
 from dsfreeze.model import read_anatomy
 from dsfreeze.recipe import Recipe
@@ -352,21 +355,30 @@ def test_greentrainer_is_the_loss_that_adamws_first_step_takes_away(tmp_path):
     assert layers_of(found) == pytest.approx(np.mean(drops, axis=0), rel=1e-3)
 
 
-def hand_run(plain: Plain, half: np.ndarray) -> dict[str, tuple[float, float]]:
-    """(squared distance, squared start) of each tensor after the probe's steps, by torch's AdamW and clipping."""
+def hand_steps(plain: Plain, half: np.ndarray) -> Iterator[dict[str, float]]:
+    """The probe's steps by torch's AdamW and clipping, each with its gradients' L1 norms by tensor; the weights are put back at the end."""
     recipe, start = plain.recipe, {name: p.detach().clone() for name, p in plain.named.items()}
     o = recipe.train
     optimizer = torch.optim.AdamW(plain.named.values(), lr=o.learning_rate, eps=o.adam_epsilon, weight_decay=0.0)
     for rows in np.resize(half, (recipe.analyze.probe_steps, plain.size)):
-        plain.gradients(rows)
+        norms = {name: float(g.abs().sum()) for name, g in plain.gradients(rows).items()}
         nn.utils.clip_grad_norm_(plain.named.values(), o.max_grad_norm)
         optimizer.step()
+        yield norms
     with torch.no_grad():
-        moved = {
-            n: (float((p - start[n]).square().sum()), float(start[n].square().sum())) for n, p in plain.named.items()
-        }
         for name, p in plain.named.items():
             p.copy_(start[name])
+
+
+def hand_run(plain: Plain, half: np.ndarray) -> dict[str, tuple[float, float]]:
+    """(squared distance, squared start) of each tensor after the probe's steps."""
+    start = {name: p.detach().clone() for name, p in plain.named.items()}
+    moved: dict[str, tuple[float, float]] = {}
+    for _ in hand_steps(plain, half):
+        moved = {
+            n: (float((p.detach() - start[n]).square().sum()), float(start[n].square().sum()))
+            for n, p in plain.named.items()
+        }
     return moved
 
 
@@ -403,6 +415,76 @@ def test_gates_open_for_a_change_that_helps_and_close_for_one_that_hurts(tmp_pat
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
 
 
+# -- magnitude and the gradient's change, against plain torch ---------------------------------------------------------
+
+
+def test_weight_norm_is_torchs(tmp_path):
+    """Of a layer: the norm of all its tensors together. It needs no data, so no half of them would say otherwise."""
+    recipe = with_scores(tmp_path, ["weight_norm"])
+    content, plain = analyze(recipe), Plain(recipe)
+    found = content["all"]["weight_norm"]
+    for layer in plain.anatomy.blocks:
+        tensors = {t.name: plain.named[t.name].detach().flatten() for t in layer.tensors}
+        assert found["scores"][layer.name] == pytest.approx(float(torch.cat(list(tensors.values())).norm()), rel=1e-6)
+        for name, tensor in tensors.items():
+            assert found["scores"][name] == pytest.approx(float(tensor.norm()), rel=1e-6)
+    assert found["spearman"] is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_wanda_is_weights_times_inputs(tmp_path, kind):
+    """Oracle: all inputs of every matrix kept, example by example without padding, in fp64; |W| ||x|| summed over the matrix. GPT-2's
+    matrices lie the other way round, and its qkv counts as the one matrix it is."""
+    recipe = with_scores(tmp_path, ["wanda"])
+    if kind == "gpt2":
+        recipe = recipe.model_copy(
+            update={"model": recipe.model.model_copy(update={"name": str(gpt2_folder(tmp_path / "gpt2"))})}
+        )
+    found, plain = measured(recipe)["wanda"], Plain(recipe)
+    seen: dict[str, list[torch.Tensor]] = {}
+    for tensor in (t for t in plain.anatomy.block_tensors if len(t.shape) == 2):
+        owner = plain.module.get_submodule(tensor.module)
+        owner.register_forward_pre_hook(
+            lambda _, args, name=tensor.name: seen.setdefault(name, []).append(args[0].flatten(0, -2))
+        )
+    with torch.no_grad():
+        for k in range(10):
+            plain.module(input_ids=torch.as_tensor(plain.examples[k]["input_ids"]).unsqueeze(0))
+    assert set(seen) == {name for name in found if not name.startswith("layers.")}
+    for name, inputs in seen.items():
+        norms = torch.cat(inputs).norm(dim=0)
+        weight = plain.named[name].detach().abs()
+        weight = weight.T if plain.anatomy.by_name[name].fan_in_fan_out else weight
+        assert found[name] == pytest.approx(float((weight * norms).sum()), rel=1e-4), name
+    for layer in plain.anatomy.blocks:
+        assert found[layer.name] == pytest.approx(sum(found[t.name] for t in layer.tensors if t.name in seen), rel=1e-9)
+
+
+def test_wanda_of_two_inputs_by_hand():
+    """Columns 3 and 4, norms 2 and 5 over both halves: 3 * 2 + 4 * 5."""
+    anatomy = by_hand(layers=1, shape=(8, 2))
+    inputs = [{"0.q.weight": np.array([1.0, 9.0])}, {"0.q.weight": np.array([3.0, 16.0])}]
+    seen = Observations(anatomy, inputs=inputs, columns={"0.q.weight": np.array([3.0, 4.0])})
+    assert SCORES["wanda"].compute(seen) == {"layers.0": 26, "0.q.weight": 26}
+
+
+def test_the_gradients_change_is_that_of_a_hand_run(tmp_path):
+    """Oracle: torch's AdamW on each half of the examples, five steps, the L1 norms before clipping: the mean of steps 0 and 1 against that
+    of 2, 3 and 4."""
+    recipe = with_scores(tmp_path, ["gradient_norm_change"], probe_steps=5)
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_grad_norm": 0.1})})
+    found, plain = measured(recipe)["gradient_norm_change"], Plain(recipe)
+    expected = np.zeros(len(plain.anatomy.blocks))
+    for half in halves_of(10):
+        norms = np.asarray([plain.by_layer(row) for row in hand_steps(plain, half)])
+        first, second = norms[:2].mean(axis=0), norms[2:].mean(axis=0)
+        expected += np.abs(first - second) / first / 2
+    assert layers_of(found) == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(UserError, match="probe_steps=2"):
+        analyze(with_scores(tmp_path / "one", ["gradient_norm_change"], probe_steps=1))
+    assert "gradient_norm_change" not in requested(with_scores(tmp_path / "two", ["change"], probe_steps=1).analyze)
+
+
 # -- tables --------------------------------------------------------------------------------------------------------
 
 
@@ -424,6 +506,9 @@ def seen_by_hand() -> Observations:
         changes=[{name: Change(0.5 + k * s, 2.0) for k, name in enumerate(names)} for s in (1, 2)],
         gates=[[0.1, 0.4, -0.2, 0.0], [0.3, 0.2, 0.1, -1.0]],
         spectra={score: {f"{k}.q.weight": float(k) for k in range(4)} for score in ("snr", "snr_textbook", "condition_number")},
+        inputs=[{f"{k}.q.weight": random.random(6) for k in range(4)} for _ in range(2)],
+        columns={f"{k}.q.weight": random.random(6) for k in range(4)},
+        sizes=[{name: (1.0 + s, 1.5 + k) for k, name in enumerate(names)} for s in (1, 2)],
     )  # fmt: skip
 
 
@@ -438,6 +523,7 @@ def test_the_order_of_the_rows_changes_no_score():
         spaces=[space[rows] for space in seen.spaces],
         reference_spaces=[space[rows] for space in seen.reference_spaces],
         weights=seen.weights, changes=seen.changes, gates=seen.gates, spectra=seen.spectra,
+        inputs=seen.inputs, columns=seen.columns, sizes=seen.sizes,
     )  # fmt: skip
     for name, score in SCORES.items():
         one, other = score.compute(seen), score.compute(mixed)
@@ -456,6 +542,8 @@ def test_the_halves_are_disjoint_and_cover_everything_with_the_same_examples_in_
         spaces=[torch.arange(11.0).reshape(-1, 1, 1)],
         changes=[{"one": Change(1, 1)}, {"other": Change(2, 2)}],
         gates=[[1.0], [2.0]],
+        inputs=[{"m": np.ones(1)}, {"m": np.zeros(1)}],
+        sizes=[{"one": (1, 1)}, {"other": (1, 1)}],
     )
     one, other = seen.halves(np.random.default_rng(3))
     for table, size in (("influence", 11), ("gradients", 5)):
@@ -468,4 +556,6 @@ def test_the_halves_are_disjoint_and_cover_everything_with_the_same_examples_in_
         assert half.spaces[0].flatten(1).tolist() == rows
     assert [one.gates, other.gates] == [[[1.0]], [[2.0]]]
     assert [list(half.changes[0]) for half in (one, other)] == [["one"], ["other"]]
+    assert [list(half.sizes[0]) for half in (one, other)] == [["one"], ["other"]]
+    assert [float(half.inputs[0]["m"][0]) for half in (one, other)] == [1, 0]
     assert one.tables["influence"].tolist() != seen.halves(np.random.default_rng(4))[0].tables["influence"].tolist()

@@ -203,7 +203,7 @@ def test_a_unit_without_a_score(strategy, granularity, written):
     message = told(make_plan, LLAMA, options, 100)
     missing = "layers.1" if granularity == "layer" else "model.layers.0.self_attn.q_proj.weight and 17 more"
     assert f"has no score for {missing}" in message
-    assert "by layer for freeze.granularity layer, by tensor for matrix" in message
+    assert "by layer where freeze.granularity (of half, freeze.level) is layer, by tensor elsewhere" in message
 
 
 def test_salf_says_where_traces_come_from(written):

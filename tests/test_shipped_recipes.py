@@ -18,12 +18,16 @@ SHORT = (
 #: What the evaluation of each must hold.
 METRICS = {
     "rte": "accuracy", "conll2003": "entity_f1", "gsm8k": "exact_match", "wikitext2": "perplexity", "multi30k": "bleu",
-    "lora": "accuracy", "lisa": "accuracy",
+    "lora": "accuracy", "lisa": "accuracy", "dpo": "reward_accuracy",
 }  # fmt: skip
 
 
+#: Sequences of tasks, which tests/test_continual_cli.py runs.
+SEQUENCES = {"continual"}
+
+
 def test_there_is_a_case_for_every_recipe():
-    assert {path.stem for path in (ROOT / "recipes").glob("*.yaml")} == set(METRICS)
+    assert {path.stem for path in (ROOT / "recipes").glob("*.yaml")} == {*METRICS, *SEQUENCES}
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ def test_interval_says_what_resulted():
 def test_rounding(how, number):
     """Oracle: 18 x 0.25 = 4.5 (Gemma-2b, the case the paper leaves open)."""
     gemma = anatomies.llama(depth=18)
-    assert frozen_layers(gemma, fraction=0.25, round=how) == set(range(number))
+    assert frozen_layers(gemma, fraction=0.25, rounding=how) == set(range(number))
 
 
 def test_fraction_is_taken_as_written():
@@ -364,7 +364,7 @@ def test_a_number_that_means_nothing_is_said():
 
 #: A value for each key of FREEZE_KEYS that changes the plan of a strategy that reads it.
 TOLD = {
-    "fraction": {"fraction": 0.75}, "count": {"count": 1}, "round": {"fraction": 0.1, "round": "ceil"}, "offset": {"offset": 0},
+    "fraction": {"fraction": 0.75}, "count": {"count": 1}, "rounding": {"fraction": 0.3, "rounding": "ceil"}, "offset": {"offset": 0},
     "granularity": {"granularity": "matrix", "fraction": 0.4}, "seed": {"seed": 5, "order": "random"}, "scores": {"scores": "scores.json"},
     "trainable": {"trainable": ["layers.1"]}, "frozen": {"frozen": ["layers.2.attention"]}, "unfrozen_parameters": {"unfrozen_parameters": ["bert"]},
     "freeze_trainable_layers": {"freeze_trainable_layers": 2},
@@ -375,6 +375,8 @@ TOLD = {
     "score": {"score": "other"}, "budget": {"budget": {"flops": "75%"}}, "trace": {"trace": "early"}, "gain": {"gain": "c"},
     "tau": {"tau": 0.2, "gain": "d"}, "cut": {"cut": "q25"}, "min_layers": {"min_layers": 3}, "max_layers": {"max_layers": 1},
     "padding": {"padding": "fill", "max_layers": 3}, "flat": {"flat": "train_all", "trace": "flat"},
+    "level": {"level": "layer"}, "round": {"round": 2}, "masks": {"masks": "complement", "round": 1}, "depth": {"depth": "top"},
+    "balanced": {"balanced": True}, "count_by": {"count_by": "matrices", "level": "model"},
 }  # fmt: skip
 #: Ends of freezing 1, 2, 2, 3 by the plain gain, and 1, 3, 3, 3 by gain c; one layer on; and none.
 EARLY = [[1.0, 0.5, 0.45, 0.4, 0.38]] * 4
@@ -403,13 +405,15 @@ def test_the_table_of_keys_is_what_strategies_do(strategy, tmp_path, monkeypatch
     required: dict = {
         "ranked": {"scores": Path("own.json")}, "patterns": {"trainable": ["layers.2"]},
         "owlore": {"scores": Path("own.json"), "active_layers": 2}, "hift": {"state": "keep"},
-        "step_ranges": {"step_ranges": {"layers.1": 5}}, "salf": {"scores": Path("own.json")},
+        "step_ranges": {"step_ranges": {"layers.1": 5}}, "salf": {"scores": Path("own.json")}, "half": {"seed": 4},
         "budget": {"scores": Path("own.json"), "budget": {"flops": "90%"}},
     }.get(strategy, {})  # fmt: skip
     plain = FreezeOptions(strategy=strategy, **required)
     assert set(TOLD) == {key for key, readers in FREEZE_KEYS.items() if set(readers) - set(ADAPTIVE)}
     for key, values in TOLD.items():
         beside = {name: value for name, value in values.items() if name != key}
+        if strategy == "half" and key in ("scores", "score"):  # those of the file are layers'
+            beside |= {"level": "layer", **({"scores": Path("own.json")} if key == "score" else {})}
         before = plain.model_copy(update=beside)
         after = before.model_copy(update={key: Path(values[key]) if key == "scores" else values[key]})
         changed = make_plan(anatomy, before, 120).digest != make_plan(anatomy, after, 120).digest

@@ -65,6 +65,33 @@ def classification_data(folder: Path, rows: int = 45, evaluation: int = 18) -> d
     }  # fmt: skip
 
 
+def preference_data(folder: Path, rows: int = 21, evaluation: int = 7, seed: int = 0) -> dict[str, Any]:
+    """Prompts of letters with two answers of other lengths; `data:` of a recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(seed)
+
+    def letters(most: int) -> str:
+        return "".join(draw.choices("abcdefgh", k=draw.randint(1, most)))
+
+    for name, count in (("train", rows), ("eval", evaluation)):
+        lines = [
+            json.dumps({"prompt": letters(12), "chosen": f"x{letters(9)}", "rejected": f"y{letters(9)}"})
+            for _ in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {
+        "train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"),
+        "text": None, "label": None, "num_labels": None, "max_length": 64,
+    }  # fmt: skip
+
+
+def preference_recipe(folder: Path, **changes: Any) -> Recipe:
+    """`tiny_recipe` for preferences, evaluated before and after."""
+    data = {**preference_data(folder / "pairs"), **changes.pop("data", {})}
+    train = {"eval_strategy": "end", "learning_rate": 1e-3, **changes.pop("train", {})}
+    return tiny_recipe(folder, task="preference", data=data, train=train, **changes)
+
+
 def tiny_recipe(folder: Path, **changes: Any) -> Recipe:
     """A classification recipe on a tiny Llama in `folder`; `train`, `freeze`, `data` are merged over the defaults."""
     model = folder / "model"

@@ -44,6 +44,7 @@ FORMAT_VERSION = 1
 def analyze(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     """Measure, write analyze.output_dir, and return what scores.json holds, on every rank; UserError for a user's mistake."""
     console = console or Console(stderr=True)
+    _require_own_loss(recipe)
     names = requested(recipe.analyze)
     recipe = _still(recipe)
     with process_group(recipe) as ranks:
@@ -86,7 +87,22 @@ def requested(options: AnalyzeOptions) -> list[str]:
         if options.scores and set(needing) & set(options.scores):
             raise UserError(f"Score '{needing[0]}' compares with a reference model; name one in analyze.reference.")
         chosen = [name for name in chosen if name not in needing]
+    if options.probe_steps < 2:
+        if "gradient_norm_change" in (options.scores or ()):
+            raise UserError(
+                "Score 'gradient_norm_change' compares the probe's steps; write analyze.probe_steps=2 or more."
+            )
+        chosen = [name for name in chosen if name != "gradient_norm_change"]
     return [name for name in SCORES if name in chosen]
+
+
+def _require_own_loss(recipe: Recipe) -> None:
+    """UserError for a task whose loss is not the model's own, which gradients and transitions are taken of."""
+    if recipe.task == "preference":
+        raise UserError(
+            "An analysis measures by the model's own loss, and task preference compares two answers. Analyze with task=sft on the chosen "
+            "ones (of texts, data.text=[prompt,chosen]); freeze.scores takes its scores.json in a preference run."
+        )
 
 
 def _still(recipe: Recipe) -> Recipe:

@@ -12,6 +12,7 @@ from dsfreeze.analyze.ablation import ablation_losses
 from dsfreeze.analyze.bench import Bench, halves_of
 from dsfreeze.analyze.gates import fit_gates
 from dsfreeze.analyze.gradients import batch_gradients, example_gradients
+from dsfreeze.analyze.inputs import column_sums, squared_inputs
 from dsfreeze.analyze.layers import require_one_stack
 from dsfreeze.analyze.probe import probe
 from dsfreeze.analyze.states import Seen, see_states
@@ -82,9 +83,21 @@ def spectra(bench: Bench, so_far: Observations) -> Observations:
     return replace(so_far, spectra={kind: {t.name: found[t.name][kind] for t in tensors} for kind in kinds})
 
 
+def weights(bench: Bench, so_far: Observations) -> Observations:
+    """Their squared norms."""
+    found = {name: float(bench.engine.read_weight(name).double().square().sum()) for name in bench.tensors}
+    return replace(so_far, weights=found)
+
+
+def inputs(bench: Bench, so_far: Observations) -> Observations:
+    """What comes into each matrix, and the weights it meets there."""
+    squared, columns = squared_inputs(bench), column_sums(bench)
+    return replace(so_far, inputs=squared, columns={name: columns[name] for name in squared[0]})
+
+
 def gradients(bench: Bench, so_far: Observations) -> Observations:
-    weights = {name: float(bench.engine.read_weight(name).double().square().sum()) for name in bench.tensors}
-    return replace(so_far, tables={**so_far.tables, **batch_gradients(bench)}, weights=weights)
+    """And the weights, which they are held against."""
+    return replace(weights(bench, so_far), tables={**so_far.tables, **batch_gradients(bench)})
 
 
 def fisher(bench: Bench, so_far: Observations) -> Observations:
@@ -99,18 +112,19 @@ def ablation(bench: Bench, so_far: Observations) -> Observations:
 
 def probes(bench: Bench, so_far: Observations) -> Observations:
     """Two, each on its own half of the examples."""
-    runs = [probe(bench, half, keep=False)[0] for half in halves_of(len(bench.examples))]
-    return replace(so_far, changes=runs)
+    runs = [probe(bench, half, keep=False) for half in halves_of(len(bench.examples))]
+    return replace(so_far, changes=[run.changes for run in runs], sizes=[run.sizes for run in runs])
 
 
 def gated_probes(bench: Bench, so_far: Observations) -> Observations:
     """The same, and gates on each probe's change, fitted on the other probe's half."""
-    changes, fits = [], []
+    changes, sizes, fits = [], [], []
     for half, other in _pairs(halves_of(len(bench.examples))):
-        moved, delta = probe(bench, half, keep=True)
-        changes.append(moved)
-        fits.append(fit_gates(bench, other, delta))
-    return replace(so_far, changes=changes, gates=fits)
+        probed = probe(bench, half, keep=True)
+        changes.append(probed.changes)
+        sizes.append(probed.sizes)
+        fits.append(fit_gates(bench, other, probed.delta))
+    return replace(so_far, changes=changes, sizes=sizes, gates=fits)
 
 
 def _pairs(halves: tuple[np.ndarray, np.ndarray]) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
@@ -119,7 +133,7 @@ def _pairs(halves: tuple[np.ndarray, np.ndarray]) -> tuple[tuple[np.ndarray, np.
 
 #: In this order. A pass may see all that the one named in `COVERS` would, which is then not made.
 PASSES: Mapping[str, Pass] = {
-    "traces": traces, "states": states, "reference": reference, "spectra": spectra, "gradients": gradients,
+    "traces": traces, "states": states, "reference": reference, "spectra": spectra, "inputs": inputs, "gradients": gradients, "weights": weights,
     "fisher": fisher, "ablation": ablation, "gates": gated_probes, "probe": probes,
 }  # fmt: skip
-COVERS = {"traces": "states", "gates": "probe"}
+COVERS = {"traces": "states", "gates": "probe", "gradients": "weights"}

@@ -5,7 +5,9 @@ Trained by the engine that the recipe names, so a probe takes the memory of full
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
 
 import numpy as np
 
@@ -19,9 +21,18 @@ from dsfreeze.recipe import Recipe
 from dsfreeze.strategies.evidence import Change
 
 
-def probe(bench: Bench, half: np.ndarray, *, keep: bool) -> tuple[dict[str, Change], Delta]:
-    """How far each tensor of the layers moves in analyze.probe_steps steps at train.learning_rate on the examples of `half`,
-    and with `keep` its way there, else {} (collective)."""
+@dataclass(frozen=True)
+class Probed:
+    """Of each tensor of the layers: how far it moved, its way there (empty unless kept), and its gradient's mean L1 norm in the first
+    half of the steps and in the second."""
+
+    changes: dict[str, Change]
+    delta: Delta
+    sizes: dict[str, tuple[float, float]]
+
+
+def probe(bench: Bench, half: np.ndarray, *, keep: bool) -> Probed:
+    """analyze.probe_steps steps of everything at train.learning_rate on the examples of `half`; `keep` keeps the way (collective)."""
     plan = FreezePlan("full", (Phase(0, None, tuple(t.name for t in bench.anatomy.tensors)),))
     module = task_module(bench.recipe, bench.data, bench.recipe.model)
     recipe = _accumulating(bench.recipe, bench.num_micro_batches)
@@ -31,14 +42,23 @@ def probe(bench: Bench, half: np.ndarray, *, keep: bool) -> tuple[dict[str, Chan
         engine.write_weights({t.name: bench.engine.read_weight(t.name) for t in bench.anatomy.tensors})
         start = {name: engine.read_weight(name) for name in kept}
         engine.enter(plan.phases[0])
-        engine.watch(changes=True)
+        engine.watch(changes=True, gradients=True)
+        norms = []
         for batch in bench.rounds(half, bench.options.probe_steps):
             _step(replace(bench, engine=engine), batch)
+            norms.append({name: l1 for name, (l1, _) in engine.gradients().items()})
         changes = engine.changes()
         delta = {name: engine.read_weight(name) - before for name, before in start.items()}
     finally:
         engine.close()
-    return {name: Change(*changes[name]) for name in bench.tensors}, delta
+    return Probed({name: Change(*changes[name]) for name in bench.tensors}, delta, _sizes(norms, bench.tensors))
+
+
+def _sizes(norms: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Of one step there are no halves: both are it."""
+    middle = len(norms) // 2
+    first, second = norms[:middle] or norms, norms[middle:]
+    return {name: (fmean(row[name] for row in first), fmean(row[name] for row in second)) for name in names}
 
 
 def _accumulating(recipe: Recipe, steps: int) -> Recipe:

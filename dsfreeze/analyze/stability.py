@@ -13,7 +13,7 @@ import numpy as np
 
 from dsfreeze.errors import UserError
 from dsfreeze.ranking import examples_needed, spearman
-from dsfreeze.scores import SCORES, Observations, Scores
+from dsfreeze.scores import DATA_FREE, SCORES, Observations, Scores
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def stabilities_of(
     found: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(splits):
         halves = seen.halves(random)
-        for name in (name for name in found if SCORES[name].source != "spectra"):
+        for name in (name for name in found if SCORES[name].source not in DATA_FREE):
             found[name].append(spearman(*(_of_layers(SCORES[name].compute(half), half) for half in halves)))
     return {name: _stability(agreements, examples) for name, agreements in found.items()}
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsfreeze import metrics
-from dsfreeze.data import causal_lm, classification, seq2seq, sft, sources, tokens
+from dsfreeze.data import causal_lm, classification, preference, seq2seq, sft, sources, tokens
 from dsfreeze.data.examples import Batch, Example, Examples, Prompts, TaskData
 from dsfreeze.data.loader import Loader, Step, num_steps_of
 from dsfreeze.data.packing import check_packing
@@ -34,6 +34,7 @@ __all__ = [
     "check_packing",
     "num_steps_of",
     "prepare",
+    "sample",
 ]
 
 TASKS = {
@@ -42,6 +43,7 @@ TASKS = {
     "causal_lm": causal_lm.prepare,
     "sft": sft.prepare,
     "seq2seq": seq2seq.prepare,
+    "preference": preference.prepare,
 }
 
 
@@ -54,15 +56,15 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     if full is None:
         raise UserError("data.train and data.eval are both empty; name at least one.")
     tables = Tables(
-        train=train and _sample(train, options.max_train_examples, recipe.train.seed),
-        eval=held_out and _sample(held_out, options.max_eval_examples, None),
+        train=train and sample(train, options.max_train_examples, recipe.train.seed),
+        eval=held_out and sample(held_out, options.max_eval_examples, None),
         full=full,
     )
     task_data = TASKS[recipe.task](options, tables, tokenizer)
     return dataclasses.replace(task_data, metrics=metrics.choose(task_data, options.metrics))
 
 
-def _sample(table: Table, size: int | None, seed: int | None) -> Table:
+def sample(table: Table, size: int | None, seed: int | None) -> Table:
     """`size` rows in their own order: drawn with the seed, or the first ones without."""
     if size is None or size >= len(table.rows):
         return table

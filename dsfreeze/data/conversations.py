@@ -36,7 +36,7 @@ class Format:
     read: Callable[[Row, Sequence[str]], list[Message]]
 
 
-def _text(row: Row, column: str) -> str:
+def text_of(row: Row, column: str) -> str:
     value = row[column]
     if not isinstance(value, str):
         raise UserError(f"'{column}' is missing. Fill it in, or drop the row.")
@@ -48,7 +48,7 @@ def _messages(turns: Any, column: str, role_key: str, content_key: str) -> list[
         raise UserError(f"'{column}' is no list of turns, or an empty one.")
     messages = []
     for turn in turns:
-        role, content = turn.get(role_key), turn.get(content_key)
+        role, content = (turn.get(key) if isinstance(turn, dict) else None for key in (role_key, content_key))
         if not isinstance(role, str) or not isinstance(content, str):
             raise UserError(
                 f"'{column}': a turn needs the texts '{role_key}' and '{content_key}'; this one holds {turn}."
@@ -59,7 +59,15 @@ def _messages(turns: Any, column: str, role_key: str, content_key: str) -> list[
     return messages
 
 
-def _with_system(row: Row, messages: list[Message]) -> list[Message]:
+def turns_of(value: Any, column: str) -> list[Message]:
+    """A list of turns in OpenAI's or ShareGPT's keys, whichever the first one has."""
+    first = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else {}
+    keys = ("from", "value") if "from" in first else ("role", "content")
+    return _messages(value, column, *keys)
+
+
+def with_system(row: Row, messages: list[Message]) -> list[Message]:
+    """With the text of the column `system` before them, where there is one and they bring none."""
     system = row.get("system")
     has_none = messages[0]["role"] != "system"
     return (
@@ -70,31 +78,36 @@ def _with_system(row: Row, messages: list[Message]) -> list[Message]:
 
 
 def _from_messages(row: Row, columns: Sequence[str]) -> list[Message]:
-    return _with_system(row, _messages(row[columns[0]], columns[0], "role", "content"))
+    return with_system(row, _messages(row[columns[0]], columns[0], "role", "content"))
 
 
 def _from_sharegpt(row: Row, columns: Sequence[str]) -> list[Message]:
-    return _with_system(row, _messages(row[columns[0]], columns[0], "from", "value"))
+    return with_system(row, _messages(row[columns[0]], columns[0], "from", "value"))
+
+
+def instruction_of(row: Row, column: str) -> list[Message]:
+    """The turns up to an answer: `history`, and the instruction with its `input`."""
+    messages: list[Message] = []
+    for question, answer in row.get("history") or []:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    asked = "\n\n".join(filter(None, [text_of(row, column), row.get("input") or ""]))
+    return [*messages, {"role": "user", "content": asked}]
 
 
 def _from_alpaca(row: Row, columns: Sequence[str]) -> list[Message]:
     instruction, output = columns
-    parts = [_text(row, instruction), row.get("input") or ""]
-    turns = [*(row.get("history") or []), ("\n\n".join(filter(None, parts)), _text(row, output))]
-    messages = []
-    for question, answer in turns:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return _with_system(row, messages)
+    answer = {"role": "assistant", "content": text_of(row, output)}
+    return with_system(row, [*instruction_of(row, instruction), answer])
 
 
 def _from_pair(row: Row, columns: Sequence[str]) -> list[Message]:
     messages: list[Message] = []
     for column, role in zip(columns, ("user", "assistant"), strict=True):
         if isinstance(row[column], list):
-            messages += _messages(row[column], column, "role", "content")
+            messages += turns_of(row[column], column)
         else:
-            messages.append({"role": role, "content": _text(row, column)})
-    return _with_system(row, messages)
+            messages.append({"role": role, "content": text_of(row, column)})
+    return with_system(row, messages)
 
 
 FORMATS = {

@@ -7,9 +7,11 @@ them any rank knows the size of a global batch without seeing the other ranks' s
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,6 +46,56 @@ class Examples:
     def __getitem__(self, index: int) -> Example:
         return self.rows[int(index)]
 
+    def take(self, kept: np.ndarray) -> Examples:
+        """These examples alone; their rows must be able to `select`."""
+        return Examples(self.rows.select(kept), self.num_items[kept], self.num_tokens[kept])  # type: ignore[attr-defined]
+
+    @property
+    def sequences(self) -> Examples:
+        """Every sequence as an example of its own; a pair has two."""
+        return self.rows.sequences if isinstance(self.rows, Pairs) else self
+
+    def sequences_of(self, chosen: Iterable[int]) -> list[int]:
+        """The sequences that these examples have in a batch, in its order, by their numbers in `sequences`."""
+        size = 2 if isinstance(self.rows, Pairs) else 1
+        return [size * int(index) + number for index in chosen for number in range(size)]
+
+
+class Pairs(Sequence[Example]):
+    """Examples of two sequences: the chosen and the rejected answer to one prompt, each with the prompt.
+
+    `sequences` holds both in turn. `reference`, float32 [pairs, 2], is what the model before the first step gives their answers
+    (log-probabilities, in nats); an example has it once it is known.
+    """
+
+    def __init__(self, sequences: Examples) -> None:
+        assert len(sequences) % 2 == 0, "they come in pairs"
+        self.sequences = sequences
+        self.reference: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.sequences) // 2
+
+    def __getitem__(self, index: Any) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        pair = {"chosen": self.sequences[2 * index], "rejected": self.sequences[2 * index + 1]}
+        return pair if self.reference is None else {**pair, "reference": self.reference[index]}
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the tokens of all pairs, in order, and of which are the answers'."""
+        digest = hashlib.sha256()
+        for example in self.sequences.rows:
+            for name in ("input_ids", "labels"):
+                digest.update(np.asarray([len(example[name]), *example[name]], dtype=np.int64).tobytes())
+        return digest.hexdigest()
+
+    def select(self, kept: np.ndarray) -> Pairs:
+        """These pairs alone."""
+        both = np.stack([2 * kept, 2 * kept + 1], axis=1).flatten()
+        return Pairs(self.sequences.take(both))
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -53,6 +105,8 @@ class Prompts:
     references: Sequence[str]
     encoder: bool
     """True when the prompt goes to an encoder, so that the output does not start with it."""
+    sources: Sequence[str] = ()
+    """What is asked, as text: of a chat its turns before the answer."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +132,8 @@ class TaskData:
         labels = batch["labels"]
         if self.num_labels == 1:
             return labels.shape[0]
+        if self.task == "preference":
+            return labels.shape[0] // 2
         if self.task in ("causal_lm", "sft"):
             labels = labels[:, 1:]  # position t predicts token t + 1; nothing predicts the first
         return int((labels != IGNORED).sum())
@@ -133,16 +189,18 @@ def tokenised(rows: Dataset, encode: Callable[[dict[str, list[Any]]], dict[str, 
     return rows.map(encode, batched=True, remove_columns=rows.column_names, load_from_cache_file=False)
 
 
-def learnable(rows: Dataset, num_items: np.ndarray, num_tokens: np.ndarray, *, name: str, lack: str) -> Examples:
+def learnable(
+    rows: Dataset | Pairs, num_items: np.ndarray, num_tokens: np.ndarray, *, name: str, lack: str
+) -> Examples:
     """The rows that add a term to the loss: a batch of none has no mean. The others are left out, with a note that says
     what they `lack`; UserError when there is nothing else in the data of that `name`."""
-    kept = num_items.nonzero()[0]
+    examples, kept = Examples(rows, num_items, num_tokens), num_items.nonzero()[0]
     if len(kept) == 0:
         raise UserError(f"{name}: there is nothing to learn from: all {len(rows)} examples are {lack}.")
-    if len(kept) < len(rows):
-        logger.warning("%s: left out %d of %d examples, %s", name, len(rows) - len(kept), len(rows), lack)
-        rows = rows.select(kept)
-    return Examples(rows, num_items[kept], num_tokens[kept])
+    if len(kept) == len(rows):
+        return examples
+    logger.warning("%s: left out %d of %d examples, %s", name, len(rows) - len(kept), len(rows), lack)
+    return examples.take(kept)
 
 
 def count(labels: Sequence[int], *, shifted: bool = False) -> int:

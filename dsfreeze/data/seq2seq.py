@@ -57,7 +57,13 @@ def prepare(options: DataOptions, tables: Tables, tokenizer: PreTrainedTokenizer
         eval=tables.eval and _examples(evaluated, tables.eval.name),
         collate=Collate(pad_id(tokenizer)),
         tokenizer=tokenizer,
-        prompts=tables.eval and Prompts(evaluated["input_ids"], list(tables.eval.rows[text[1]]), encoder=True),
+        prompts=tables.eval
+        and Prompts(
+            evaluated["input_ids"],
+            list(tables.eval.rows[text[1]]),
+            encoder=True,
+            sources=list(tables.eval.rows[text[0]]),
+        ),
     )
 
 

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from dsfreeze.objectives import Objective
     from dsfreeze.plan import Phase
 
 
@@ -34,10 +36,35 @@ class Memory:
 
 @dataclass(frozen=True)
 class Movement:
-    """What a phase did to the weights, against its plan; names in model order. Both are empty when all is well."""
+    """What a phase did to the weights, against its plan; names in model order. Both are empty when all is well.
+
+    A masked tensor changed where one of the elements held back did, and never moved where none of those that train did.
+    """
 
     frozen_changed: tuple[str, ...]
     never_moved: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements `first` .. `last - 1` (flattened) of a trained tensor: the part of it that this rank steps. 1-D views: `value` of
+    what the optimizer steps, fp32; `gradient`, where there is one, of the step's, in the engine's dtype, summed over ranks and
+    micro-steps and not yet clipped."""
+
+    name: str
+    first: int
+    last: int
+    value: torch.Tensor
+    gradient: torch.Tensor | None = None
+
+    def add(self, term: torch.Tensor) -> None:
+        """Add fp32 [last - first] to the gradient, rounding once."""
+        assert self.gradient is not None, "gradients are there between the passes and the step"
+        self.gradient.copy_(self.gradient.float() + term)
+
+
+#: (batch, weight) for each micro-step, as `Engine.forward_backward` takes them.
+MicroBatches = Sequence[tuple[Mapping[str, "torch.Tensor"], float]]
 
 
 #: Full (unsharded) CPU tensors of one trained parameter: `weight` in the model's dtype, fp32 `master` (absent in fp32,
@@ -55,13 +82,15 @@ class Engine(Protocol):
     module: nn.Module
     config: Mapping[str, Any] | None
     """The DeepSpeed configuration; None without DeepSpeed."""
+    objective: Objective
+    """What `forward_backward` minimises; the model's own loss unless another is put here."""
 
     def enter(self, phase: Phase) -> None:
         """Make exactly the phase's tensors trainable; the same set again is free (collective: digests of the set are
         compared first). Tensors that leave and come back do so by the plan's state rule."""
 
     def forward_backward(self, batch: Mapping[str, torch.Tensor], weight: float) -> float:
-        """Backward of `weight` x the model's own (mean) loss; returns that product. With weight 0 a batch is a filler.
+        """Backward of `weight` x the objective's (mean) loss; returns that product. With weight 0 a batch is a filler.
 
         Called gradient_accumulation_steps times before `step`. Gradients SUM over ranks and micro-steps: whoever calls
         passes local items / global items as the weight, so that a step does not depend on the world size.
@@ -72,6 +101,39 @@ class Engine(Protocol):
 
         `own_rates`: learning rates of layers, by name, that differ from `learning_rate`.
         """
+
+    # what is added to an objective works on pieces (dsfreeze/objectives/retain): at every stage a rank holds what it steps
+
+    def pieces(self) -> list[Piece]:
+        """What this rank steps, in model order, without gradients; where weights are not sharded that is everything."""
+
+    def edited_gradients(self) -> AbstractContextManager[list[Piece]]:
+        """Between a step's last backward pass and `step`: pieces whose gradients, as they are left, are what is clipped and
+        stepped with. Nothing collective may fail within."""
+
+    def scratch_gradients(
+        self,
+        micro_batches: MicroBatches,
+        take: Callable[[list[Piece]], None],
+        *,
+        objective: Objective | None = None,
+        squared: bool = False,
+    ) -> float:
+        """Gradients of a step that is not taken, before the passes of one that is (collective): `take` sees those of
+        gradient_accumulation_steps micro-batches, and then they are dropped. Returns this rank's loss.
+
+        `squared`: in eval mode, the sum over micro-batches and ranks of each one's squared gradient, instead of the sum.
+        """
+
+    def sum_over_pieces(self, values: list[float]) -> list[float]:
+        """Sums that each rank took over its pieces, over all of them (collective)."""
+
+    def join(self, name: str, first: int, mine: torch.Tensor | None) -> torch.Tensor:
+        """fp32, 1-D, on the device: a tensor as large as the trained one of that name from the ranks' parts of it, each from its
+        `first` element on; None where a rank has none (collective)."""
+
+    def whole_weight(self, name: str) -> torch.Tensor:
+        """A parameter on the device, to be read alone (collective at stage 3)."""
 
     def watch(self, *, gradients: bool = False, changes: bool = False) -> None:
         """From now on measure what `gradients` and `changes` report, and nothing else; `changes` counts from here."""
@@ -86,12 +148,12 @@ class Engine(Protocol):
         """Bytes of what `watch` copied into host memory."""
 
     def no_grad_forward(self, batch: Mapping[str, torch.Tensor], **options: Any) -> Any:
-        """The module's output in eval mode without a graph (collective at stage 3)."""
+        """The module's output, for the objective's inputs of the batch, in eval mode without a graph (collective at stage 3)."""
 
     def scan_gradients(
         self, batch: Mapping[str, torch.Tensor], names: Iterable[str], take: Callable[[str, torch.Tensor], None]
     ) -> float:
-        """Backward of the model's own mean loss over this rank's batch, before a phase is entered: `take(name, gradient)` gets
+        """Backward of the objective's mean loss over this rank's batch, before a phase is entered: `take(name, gradient)` gets
         each named tensor's whole gradient as the pass reaches it, and none is kept. Returns the loss (collective at stage 3)."""
 
     def read_weight(self, name: str) -> torch.Tensor:

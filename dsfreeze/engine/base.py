@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,15 +19,19 @@ import torch
 from torch import nn
 
 from dsfreeze.anatomy import Anatomy
-from dsfreeze.engine import Memory, Movement, TensorState
+from dsfreeze.engine import Memory, MicroBatches, Movement, Piece, TensorState
 from dsfreeze.engine.flats import Flat, whole
+from dsfreeze.engine.gradients import view_of
 from dsfreeze.engine.groups import Group, by_name, group_tensors, set_learning_rate
+from dsfreeze.engine.holding import Holding
+from dsfreeze.engine.masks import Bits
 from dsfreeze.engine.memory import Meter, nbytes, spanned_bytes
 from dsfreeze.engine.modes import Modes, set_trainable
 from dsfreeze.engine.movement import Checksums, changed, checksums, merge
 from dsfreeze.engine.parcels import Parcel
 from dsfreeze.engine.streaming import Take, streamed_gradients
 from dsfreeze.errors import UserError, did_you_mean
+from dsfreeze.objectives import Objective
 from dsfreeze.plan import Phase, StateRule
 from dsfreeze.recipe import Recipe
 
@@ -44,10 +50,12 @@ class BaseEngine(ABC):
         *,
         state: StateRule = "keep",
         drop_master: bool = False,
+        masks: Mapping[str, Bits] | None = None,
         weights_on: torch.device | None = None,
     ) -> None:
-        """`state` and `drop_master`: what a tensor that stops training takes along (see `refreeze`). `weights_on`: where
-        the parameters wait until `_build` has placed them; the device, unless it is said."""
+        """`state` and `drop_master`: what a tensor that stops training takes along (see `refreeze`). `masks`: elements that
+        train, of tensors of which not all do. `weights_on`: where the parameters wait until `_build` has placed them; the
+        device, unless it is said."""
         self.module, self.anatomy, self.recipe, self.device = module, anatomy, recipe, device
         self.rule, self.drop_master = state, drop_master
         self.dtype = torch.bfloat16 if recipe.train.bf16 else torch.float32
@@ -64,10 +72,13 @@ class BaseEngine(ABC):
         self._trainable: tuple[str, ...] = ()
         self._ever_trained: set[str] = set()
         self._modes: Modes | None = None
-        self._before: Checksums = {}
+        self._frozen: Checksums = {}
+        self._trained: Checksums = {}
+        self.holding = Holding(masks or {}, device)
         self._watches_gradients = False
         self._gradients: dict[str, tuple[float, float]] = {}
         self._start: dict[str, torch.Tensor] = {}
+        self.objective = Objective()
         self.groups: list[Group] = []
         #: What the optimizer steps on this rank; empty before a phase is entered.
         self.flats: list[Flat] = []
@@ -90,24 +101,28 @@ class BaseEngine(ABC):
             set_trainable(self.module, names)
             self._set_modes(names)
             self.flats = self._build()
-            self._before = self._checksums()
+            self._frozen = self._frozen_checksums(set(self._named))
         else:
             self._check_flags()
             self._change(names)
+        self._trained = self._trained_checksums()
         self._trainable = names
+        self._hold_back()
         self._ever_trained.update(names)
 
     def _change(self, names: tuple[str, ...]) -> None:
         """Another set: the state moves by the rule, prefix and checkpointing follow the new lowest trainable layer."""
-        joining = set(names) - set(self._trainable)
-        frozen = self._frozen_checksums(joining)
-        thawed = self.gather(changed(self._before, frozen))
+        concerned = set(names) | set(self._trainable)
+        thawed = self.gather(changed(self._frozen, self._frozen_checksums(concerned)))
         assert not any(thawed), f"frozen tensors changed: {thawed}"
         self._refreeze(names)
         self._set_modes(names)
-        kept = {name: sums for name, sums in self._before.items() if name not in self._trainable}
-        left = set(self._trainable) - set(names)
-        self._before = {**kept, **self._frozen_checksums(left), **self._trained_checksums()}
+        kept = {name: sums for name, sums in self._frozen.items() if name not in concerned}
+        self._frozen = {**kept, **self._frozen_checksums(concerned)}
+
+    def _hold_back(self) -> None:
+        """Hold elements back in what trains now; whenever the optimizer or its flats are new."""
+        self.holding.follow({n: self._named[n] for n in self._trainable}, self.optimizer, self.flats)
 
     def _set_modes(self, names: tuple[str, ...]) -> None:
         if self._modes is not None:
@@ -136,14 +151,19 @@ class BaseEngine(ABC):
         assert self._modes is not None, "enter a phase first"
         self._check_flags()
         self._modes.train()
-        outputs = self._forward(**self._move(batch), **self._forward_options)
+        return self._pass(batch, weight, self.objective)
+
+    def _pass(self, batch: Mapping[str, torch.Tensor], weight: float, objective: Objective) -> float:
+        batch = self._move(batch)
+        outputs = self._forward(**objective.inputs(batch), **self._forward_options)
         if weight == 0:
             # the mean loss of a filler is over no terms (0/0); this is zero, and reaches every gradient hook
             loss = outputs.logits.sum(dtype=torch.float32) * 0.0
-        elif outputs.loss is None:
+        elif (own := objective.loss(outputs, batch)) is None:
             raise UserError("The batch has no labels: the model computed no loss.")
         else:
-            loss = outputs.loss.float() * weight
+            loss = own.float() * weight
+            del own
         del outputs  # the logits, which backward does not read
         self._backward(loss)
         return float(loss.detach())
@@ -154,6 +174,79 @@ class BaseEngine(ABC):
             self._gradients = self._measure_gradients()
         set_learning_rate(self.optimizer, learning_rate, own_rates or {})
         return self._update()
+
+    # -- pieces ------------------------------------------------------------------------------------------------
+
+    def pieces(self) -> list[Piece]:
+        return [
+            Piece(part.slot.name, part.first, part.last, part.of(flat.tensor.detach().reshape(-1)))
+            for flat in self.flats
+            for part in flat.parts()
+        ]
+
+    @contextmanager
+    def edited_gradients(self) -> Iterator[list[Piece]]:
+        with torch.no_grad():
+            parts = [
+                (part, view_of(held, part.at, part.last - part.first))
+                for flat, held in zip(self.flats, self._gradient_views(), strict=True)
+                for part in flat.parts()
+            ]
+            yield [replace(piece, gradient=gradient) for piece, (_, gradient) in zip(self.pieces(), parts, strict=True)]
+            for part, gradient in parts:  # an edit knows of no masks, and norms are of what trains
+                self.holding.zero(part.slot.name, gradient, part.first)
+            self._renew_norms()
+
+    def scratch_gradients(
+        self,
+        micro_batches: MicroBatches,
+        take: Callable[[list[Piece]], None],
+        *,
+        objective: Objective | None = None,
+        squared: bool = False,
+    ) -> float:
+        assert self._modes is not None, "enter a phase first"
+        self._check_flags()
+        if squared:
+            self._modes.evaluate()
+        else:
+            self._modes.train()
+        hooks = [self._named[name].register_hook(self._square) for name in self._trainable if squared]
+        try:
+            loss = sum(self._pass(batch, weight, objective or self.objective) for batch, weight in micro_batches)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        with self.edited_gradients() as pieces:
+            take(pieces)
+            self._drop(pieces)
+        return loss
+
+    def _square(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Of a gradient that is `world_size` times one batch's, and will be averaged over the ranks: what sums up to squares."""
+        return gradient.square() / self.world_size
+
+    def _drop(self, pieces: list[Piece]) -> None:
+        """Give a step up: one whose gradient is not finite is not taken at any stage, and leaves every count in order."""
+        for piece in pieces[:1]:
+            assert piece.gradient is not None
+            piece.gradient[:1] = torch.inf
+        self._renew_norms()
+        norm = self._update()
+        assert not math.isfinite(norm), "the step was given up"
+        for piece in pieces:  # some of the buffers are used again
+            assert piece.gradient is not None
+            piece.gradient.zero_()
+
+    def _renew_norms(self) -> None:  # noqa: B027 (nothing is known of them but themselves)
+        """Make what is known of gradients follow an edit."""
+
+    def sum_over_pieces(self, values: list[float]) -> list[float]:
+        return self.sum(values) if any(flat.world_size > 1 for flat in self.flats) else values
+
+    def join(self, name: str, first: int, mine: torch.Tensor | None) -> torch.Tensor:
+        assert mine is not None, "what is not sharded is held by every rank"
+        return mine.float()
 
     # -- measuring ---------------------------------------------------------------------------------------------
 
@@ -191,9 +284,7 @@ class BaseEngine(ABC):
         """Of every trained tensor two numbers, summed over the ranks' shares; where every rank holds the whole, its own."""
         nothing = torch.zeros(2, dtype=torch.float64, device=self.device)
         held = [torch.stack(pairs[name]).to(self.device) if name in pairs else nothing for name in self._trainable]
-        totals = torch.cat(held).tolist()  # one transfer for all of them
-        if any(flat.world_size > 1 for flat in self.flats):
-            totals = self.sum(totals)
+        totals = self.sum_over_pieces(torch.cat(held).tolist())  # one transfer for all of them
         return dict(zip(self._trainable, zip(totals[::2], totals[1::2], strict=True), strict=True))
 
     # -- evaluation --------------------------------------------------------------------------------------------
@@ -201,17 +292,22 @@ class BaseEngine(ABC):
     @torch.no_grad()
     def no_grad_forward(self, batch: Mapping[str, torch.Tensor], **options: Any) -> Any:
         self.module.eval()
-        return self.module(**self._move(batch), **self._forward_options, **options)
+        return self.module(**self._move(self.objective.inputs(batch)), **self._forward_options, **options)
 
     def scan_gradients(self, batch: Mapping[str, torch.Tensor], names: Iterable[str], take: Take) -> float:
         assert self._modes is None, "scan before a phase is entered"
         with streamed_gradients(self.module, self.anatomy, names, take):
-            loss = self.module(**self._move(batch), **self._forward_options).loss
+            batch = self._move(batch)
+            loss = self.objective.loss(self.module(**self.objective.inputs(batch), **self._forward_options), batch)
+            assert loss is not None, "the batch has labels"
             loss.backward()
         return float(loss.detach())
 
     def read_weight(self, name: str) -> torch.Tensor:
-        return self._named[name].detach().to("cpu", copy=True)
+        return self.whole_weight(name).to("cpu", copy=True)
+
+    def whole_weight(self, name: str) -> torch.Tensor:
+        return self._named[name].detach()
 
     @torch.no_grad()
     def generate(self, batch: Mapping[str, torch.Tensor], **options: Any) -> torch.Tensor:
@@ -258,13 +354,14 @@ class BaseEngine(ABC):
             raise UserError(f"The state does not hold '{missing[0]}', which the plan trains.")
         self.write_weights({name: _precise(e, self.dtype) for name, e in state.items()})
         self._prepare_groups({name: float(e["step"]) if "step" in e else None for name, e in state.items()})
+        self._hold_back()
         for flat in self.flats:
             entries = {slot.name: state[slot.name] for slot in flat.slots}
             self._write(flat.tensor, flat, {n: _precise(e, torch.float32) for n, e in entries.items()})
             self._load_moments(flat, entries)
         self._ever_trained.update(state)
         self._park({name: entry for name, entry in state.items() if name not in self._trainable})
-        self._before = self._checksums()
+        self._frozen, self._trained = self._frozen_checksums(set(self._named)), self._trained_checksums()
 
     def _place(self, name: str) -> tuple[torch.device, tuple[int, ...]]:
         """Where the parked state of a tensor lies, and the tensor's shape."""
@@ -320,21 +417,23 @@ class BaseEngine(ABC):
 
     def movement(self, *, frozen: bool = True) -> Movement:
         assert self._trainable, "enter a phase first"
-        now = self._checksums() if frozen else self._trained_checksums()
-        differing = set(changed(self._before, now))
-        trained = set(self._trainable)
-        found = self.gather((sorted(differing - trained), sorted(differing & trained)))
+        thawed = changed(self._frozen, self._frozen_checksums(set(self._named))) if frozen else []
+        found = self.gather((thawed, changed(self._trained, self._trained_checksums())))
         order = [t.name for t in self.anatomy.tensors]
-        return merge(order, [f for f, _ in found], [m for _, m in found], trained)
-
-    def _checksums(self) -> Checksums:
-        return {**self._frozen_checksums(set(self._named)), **self._trained_checksums()}
+        return merge(order, [f for f, _ in found], [m for _, m in found], set(self._trainable))
 
     def _frozen_checksums(self, names: set[str]) -> Checksums:
-        return checksums((n, self._held(p)) for n, p in self._parameters if n in names and not p.requires_grad)
+        """Of what is frozen of the named tensors: the whole, or of a masked one that trains the elements held back."""
+        return checksums((n, value) for n, p in self._parameters if n in names for value in self._frozen_of(n, p))
+
+    def _frozen_of(self, name: str, parameter: nn.Parameter) -> Iterator[torch.Tensor]:
+        if not parameter.requires_grad:
+            yield self._held(parameter)
+        elif name in self.holding.masks:
+            yield self.holding.held(name, self._held(parameter), self._first_held(parameter))
 
     def _trained_checksums(self) -> Checksums:
-        return checksums(pair for flat in self.flats for pair in flat.local())
+        return checksums(pair for flat in self.flats for pair in self.holding.without_held(flat))
 
     def memory(self, *, reset_peak: bool = False) -> Memory:
         """Bytes of this rank. Step counts (0-dim), communication and staging buffers are in `allocated` alone, as is
@@ -360,6 +459,10 @@ class BaseEngine(ABC):
         """This rank's part of a parameter."""
         return parameter.data
 
+    def _first_held(self, parameter: nn.Parameter) -> int:
+        """The element of the flattened parameter that this rank's part begins with."""
+        return 0
+
     def _copies(self, parameter: nn.Parameter) -> Iterable[torch.Tensor]:
         """Every live tensor that holds (part of) a parameter in the model's dtype."""
         return (parameter.data,)
@@ -369,6 +472,7 @@ class BaseEngine(ABC):
         return ()
 
     def close(self) -> None:
+        self.holding.close()
         if self._modes is not None:
             self._modes.close()
 
@@ -404,6 +508,10 @@ class BaseEngine(ABC):
     @abstractmethod
     def _gradient_shares(self) -> list[torch.Tensor]:
         """For each flat this rank's share of the step's gradient, before clipping."""
+
+    @abstractmethod
+    def _gradient_views(self) -> list[list[torch.Tensor]]:
+        """For each flat the contiguous tensors that, end to end, are this rank's share of the step's gradient: not copies."""
 
     @abstractmethod
     def _parked(self) -> list[Parcel]:

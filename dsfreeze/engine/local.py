@@ -18,6 +18,7 @@ from dsfreeze.anatomy import Anatomy
 from dsfreeze.engine import TensorState
 from dsfreeze.engine.base import BaseEngine
 from dsfreeze.engine.flats import Flat, whole
+from dsfreeze.engine.gradients import whole_gradient
 from dsfreeze.engine.groups import make_adamw
 from dsfreeze.engine.modes import set_trainable
 from dsfreeze.engine.parcels import Parcel, park, put_back
@@ -66,6 +67,9 @@ class LocalEngine(BaseEngine):
     def _gradient_shares(self) -> list[torch.Tensor]:
         gradients = {name: self._named[name].grad for name in self._stepped}
         return [torch.zeros_like(self._named[n]) if g is None else g for n, g in gradients.items()]
+
+    def _gradient_views(self) -> list[list[torch.Tensor]]:
+        return [[whole_gradient(self._named[name])] for name in self._stepped]
 
     def _forward(self, **batch: Any) -> Any:
         return self.module(**batch)

@@ -6,6 +6,7 @@ or in the engines makes DeepSpeed compile an op: the one it would build for comm
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -22,6 +23,7 @@ from torch import nn
 
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.engine import Engine
+from dsfreeze.engine.masks import make_masks
 from dsfreeze.engine.ranks import Ranks, device_of, read_ranks
 from dsfreeze.errors import UserError
 from dsfreeze.plan import FreezePlan
@@ -152,6 +154,14 @@ def together(action: Callable[[], T]) -> T:
     return result
 
 
+def led(action: Callable[[], T]) -> T:
+    """What `action`, which rank 0 alone runs, returns there, on every rank (collective): a value that JSON holds. Its failure is an
+    error on all of them, as in `together`."""
+    text = together(lambda: json.dumps(action()) if read_ranks().rank == 0 else "")
+    value: T = json.loads(everyones(text)[0])
+    return value
+
+
 def everyones(value: str) -> list[str]:
     """The ranks' values in rank order; returns when everyone has heard, so that one may leave."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -178,14 +188,15 @@ def engine_config(recipe: Recipe, plan: FreezePlan, anatomy: Anatomy, world_size
 def build_engine(module: nn.Module, anatomy: Anatomy, recipe: Recipe, plan: FreezePlan) -> Engine:
     """The engine that `recipe.zero` names, once all ranks have the same plan (collective, within `process_group`)."""
     agree(plan.digest, "the freeze plan")
+    masks = together(lambda: make_masks(plan, anatomy))
     if is_local(recipe):
         from dsfreeze.engine.local import LocalEngine
 
-        return LocalEngine(module, anatomy, recipe, state=plan.state, drop_master=plan.drop_master)
+        return LocalEngine(module, anatomy, recipe, state=plan.state, drop_master=plan.drop_master, masks=masks)
     from dsfreeze.engine.zero import ZeroEngine
 
     config = engine_config(recipe, plan, anatomy, read_ranks().world_size)
-    return ZeroEngine(module, anatomy, recipe, config, state=plan.state, drop_master=plan.drop_master)
+    return ZeroEngine(module, anatomy, recipe, config, state=plan.state, drop_master=plan.drop_master, masks=masks)
 
 
 def evaluation_engine(module: nn.Module, anatomy: Anatomy, recipe: Recipe) -> Engine:

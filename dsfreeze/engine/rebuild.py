@@ -32,7 +32,7 @@ ParamGroups = Sequence[dict[str, Any]]
 
 def rebuild_in_place(engine: Any, groups: ParamGroups) -> Any:
     """The same engine, its optimizer over `groups`; every parameter in them trains, no other does."""
-    with _quiet():
+    with quiet():
         _BUILDERS[_kind(engine)](engine, groups)
     return engine
 
@@ -81,7 +81,7 @@ def _sharded_weights(engine: Any, groups: ParamGroups) -> None:
         hook.remove()
     forget_trace(offload)
     old.ipg_buckets.clear()
-    _synchronize()
+    synchronize()
     _unpin(engine, groups)
     for parameter in engine.module.parameters():  # else the old wrapper lives on while the new one is built
         parameter.__dict__.pop("_z3_optimizer", None)
@@ -180,7 +180,7 @@ def forget_trace(offload: Any) -> None:
     inspect.getclosurevars(cached).nonlocals["func"].cache_clear()  # DeepSpeed wraps it for its profiler
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().is_available():
@@ -201,7 +201,7 @@ def rebuild_anew(engine: Any, groups: ParamGroups) -> Any:
     config = {key: value for key, value in engine._config._param_dict.items() if key not in ("optimizer", "scheduler")}
     scheduler, counts = engine.lr_scheduler, {name: getattr(engine, name) for name in COUNTERS}
     overflow, training = getattr(engine.optimizer, "check_grad_overflow", None), engine.training
-    with _quiet():
+    with quiet():
         _unpin(engine, groups)
         close(engine)
         _regroup(engine, groups)
@@ -235,16 +235,16 @@ def close(engine: Any) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """DeepSpeed announces every wrapper it builds; at a switch that is noise."""
+def quiet(level: int = logging.WARNING) -> Iterator[None]:
+    """DeepSpeed announces every wrapper it builds; at a switch that is noise. Nothing below `level` is heard of."""
     from deepspeed.utils import logger
 
-    level = logger.level
-    logger.setLevel(max(level, logging.WARNING))
+    before = logger.level
+    logger.setLevel(max(before, level))
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.setLevel(before)
 
 
 def read_masters(engine: Any, names: Iterable[str]) -> dict[str, torch.Tensor]:

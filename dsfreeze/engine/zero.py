@@ -14,6 +14,7 @@ What this file knows of DeepSpeed 0.19.8 and works around:
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -24,18 +25,18 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 from dsfreeze.anatomy import Anatomy
-from dsfreeze.engine import TensorState
+from dsfreeze.engine import Piece, TensorState
 from dsfreeze.engine.base import BaseEngine
 from dsfreeze.engine.flats import Flat, Pieces, Range, Slot, lay_out
-from dsfreeze.engine.gradients import gradient_shares
+from dsfreeze.engine.gradients import gradient_shares, gradient_views, renew_norms
 from dsfreeze.engine.groups import make_adamw, settings_of
 from dsfreeze.engine.layout import flats_of, gradient_buffers
 from dsfreeze.engine.parcels import Parcel
 from dsfreeze.engine.process import agree, import_deepspeed
 from dsfreeze.engine.ranks import read_ranks
-from dsfreeze.engine.rebuild import close
+from dsfreeze.engine.rebuild import close, quiet
 from dsfreeze.engine.refreeze import ledger_of, refreeze, regroup
-from dsfreeze.engine.support import require_tested_version
+from dsfreeze.engine.support import require_tested_version, unsupported
 from dsfreeze.errors import UserError
 from dsfreeze.recipe import Recipe
 
@@ -67,6 +68,7 @@ class ZeroEngine(BaseEngine):
         self.engine, *_ = deepspeed.initialize(
             model=self.module, optimizer=self.optimizer, config=self.config, dist_init_required=False
         )
+        self._refuse_other_steps()
         if self.stage == 0:
             self.optimizer.state.clear()
         elif self.stage < 3:
@@ -119,6 +121,16 @@ class ZeroEngine(BaseEngine):
     def _gradient_shares(self) -> list[torch.Tensor]:
         return gradient_shares(self.engine)
 
+    def _gradient_views(self) -> list[list[torch.Tensor]]:
+        return gradient_views(self.engine)
+
+    def _renew_norms(self) -> None:
+        renew_norms(self.engine)
+
+    def _drop(self, pieces: list[Piece]) -> None:
+        with quiet(logging.ERROR):  # it warns of every step that it does not take
+            super()._drop(pieces)
+
     def _refuse_full_gradients(self) -> None:
         accumulates = self.config.get("data_types", {}).get("grad_accum_dtype")
         if self.stage == 1 and self.dtype == torch.bfloat16 and accumulates in ("fp32", "float32"):
@@ -126,6 +138,12 @@ class ZeroEngine(BaseEngine):
                 "data_types.grad_accum_dtype: fp32 at stage 1 in bf16 makes DeepSpeed keep a full fp32 gradient of "
                 "every trained tensor on every rank. Use stage 2, which shards it, or drop the key."
             )
+
+    def _refuse_other_steps(self) -> None:
+        """Elements are held back around the steps of one torch optimizer over tensors that we know."""
+        refused = next(unsupported(self.engine), None) if self.holding.masks else None
+        if refused:
+            raise UserError(f"{refused}. A plan with masks of elements needs what refreeze needs.")
 
     # -- training ----------------------------------------------------------------------------------------------
 
@@ -143,18 +161,20 @@ class ZeroEngine(BaseEngine):
         assert self._micro_steps == self.accumulation, "step after gradient_accumulation_steps calls, no fewer"
         self._micro_steps = 0
         if self.stage == 0 and self.dtype == torch.float32:
-            norm = self._bare_norm()
-            self.engine.step()
+            norm = self._bare_step()
         else:
             self.engine.step()
             norm = float(self.engine.get_global_grad_norm())
         return norm if math.isfinite(norm) else math.inf
 
-    def _bare_norm(self) -> float:
-        """The norm at stage 0 in fp32, where gradients are whole; they are dropped when it is not finite."""
+    def _bare_step(self) -> float:
+        """A step at stage 0 in fp32, where gradients are whole; they are dropped when the norm, which is returned, is not finite."""
         norm = float(get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
         if not math.isfinite(norm):
             self.engine.zero_grad()
+            self.engine.clip_fp32_gradients = lambda: None  # which fails where there is no gradient
+        self.engine.step()
+        self.engine.__dict__.pop("clip_fp32_gradients", None)
         return norm
 
     def _generate_options(self) -> dict[str, Any]:
@@ -204,14 +224,23 @@ class ZeroEngine(BaseEngine):
                 weights[name] = _joined(shares, parameter).clone()
         return weights
 
-    def read_weight(self, name: str) -> torch.Tensor:
+    def whole_weight(self, name: str) -> torch.Tensor:
         if not self._sharded:
-            return super().read_weight(name)
+            return super().whole_weight(name)
         parameter = self._named[name]
         mine = parameter.ds_tensor.data.reshape(-1).to(self.device)
         shares = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(shares, mine)
-        return _joined(shares, parameter).cpu()
+        return _joined(shares, parameter)
+
+    def join(self, name: str, first: int, mine: torch.Tensor | None) -> torch.Tensor:
+        if self.stage == 0 or self.world_size == 1:
+            return super().join(name, first, mine)
+        full = torch.zeros(self.anatomy.by_name[name].numel, device=self.device)
+        if mine is not None:
+            full[first : first + mine.numel()] = mine
+        dist.all_reduce(full)
+        return full
 
     def write_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         if not self._sharded:
@@ -231,6 +260,9 @@ class ZeroEngine(BaseEngine):
 
     def _held(self, parameter: nn.Parameter) -> torch.Tensor:
         return parameter.ds_tensor.data if self._sharded else parameter.data
+
+    def _first_held(self, parameter: nn.Parameter) -> int:
+        return self.rank * parameter.ds_tensor.numel() if self._sharded else 0
 
     def _copies(self, parameter: nn.Parameter) -> Iterable[torch.Tensor]:
         if not self._sharded:

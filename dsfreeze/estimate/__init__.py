@@ -25,7 +25,10 @@ class Estimate:
     """State of tensors that trained in an earlier phase and do not in this one."""
     on_host: int
     """Of the bytes above, those in host memory (optimizer offload, parked state)."""
+    held: int
+    """Elements of the tensors that train: what gradients, masters and optimizer state are of."""
     trainable: int
+    """Of these, the elements that train; fewer where the plan has masks."""
     total: int
     forward_flops: int
     backward_flops: int
@@ -58,7 +61,7 @@ def estimate(
 ) -> Estimate:  # fmt: skip
     """Price a plan (formulas and what they leave out: above).
 
-    Bytes and `trainable` are those of `phase`, by default the one that holds most on the device, among equals in host
+    Bytes and elements are those of `phase`, by default the one that holds most on the device, among equals in host
     memory. FLOPs are those of the phase, or the mean over the plan's steps; an open last phase ends at `num_steps`, and counts alone without it.
     `anatomy` may have the plan's adapters in place or not; `dtype_bytes` is that of weights and gradients (2 or 4);
     `sequence_length` is in positions; with `evict_prefix` what lies below all that ever trains is not on the device. UserError for a stage, a world size or an offload that does not exist.
@@ -87,6 +90,7 @@ def held_bytes(
 ) -> dict[str, int]:  # fmt: skip
     """Those fields of an `Estimate` that depend on stage and ranks, of the phase or of the one that holds most."""
     numel = {t.name: t.numel for t in adapted.tensors}
+    trained_of = {t.name: plan.elements_of(t) for t in adapted.tensors}
 
     def count(names: Iterable[str]) -> int:
         return sum(numel[name] for name in names)
@@ -98,7 +102,7 @@ def held_bytes(
         held = state_bytes(resident, trained, stage, world_size, dtype_bytes, offload)
         parked = parked_bytes(plan, -(-idle // world_size) if stage else idle, dtype_bytes)
         held["on_host"] += parked if offload or plan.state != "keep" else 0
-        return {**held, "parked": parked, "trainable": trained}
+        return {**held, "parked": parked, "held": trained, "trainable": sum(trained_of[n] for n in priced.trainable)}
 
     chosen = _distinct(plan, count) if phase is None else [(phase, _idle(plan, phase, count))]
     return max((bytes_of(*pair) for pair in chosen), key=lambda held: (on_device(held), held["on_host"]))

@@ -2,7 +2,7 @@
 
 FLOPs (two for a multiply-add), forward N for each matrix a token passes, then backward, tensor by tensor:
 
-    its weight gradient   N  when the matrix trains
+    its weight gradient   N  when the matrix trains, in whole or, under a mask, in part: the product is made whole
     its input gradient    N  when something trainable feeds its input
 
 Below the lowest trainable tensor nothing is paid; above it every input gradient is, since the residual stream carries

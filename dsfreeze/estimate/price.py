@@ -243,7 +243,7 @@ class _PhaseCost:
     def _work(self, setting: Setting, states: Estimate) -> Work:
         work = self.cost.work
         tokens = self.tokens * work.gradient_accumulation_steps
-        stepped = -(-states.trainable // setting.world_size) if setting.stage else states.trainable
+        stepped = -(-states.held // setting.world_size) if setting.stage else states.held
         return Work(
             forward_flops=tokens * (states.forward_flops + self.recomputed - self.spared),
             backward_flops=tokens * states.backward_flops,

@@ -46,6 +46,8 @@ REFUSED: tuple[Check, ...] = (
      "it is revised from measurements that only our own loop makes; train from a recipe: dsfreeze train"),
     (lambda t, p: p.adapter is not None, "a plan with adapters",
      "it needs them put into the model and merged on export; train from a recipe: dsfreeze train"),
+    (lambda t, p: p.masks, "a plan with masks of elements",
+     "only our own engines hold elements back; train from a recipe: dsfreeze train"),
     (lambda t, p: hasattr(t.model, "peft_config"), "a model with peft adapters",
      "its trainable tensors are the adapters, and peft saves them itself; leave out attach"),
     (lambda t, p: t.is_in_train or t.state.global_step > 0, "a Trainer that is already stepping",

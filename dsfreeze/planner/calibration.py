@@ -13,6 +13,7 @@ from dsfreeze.estimate.price import Price
 from dsfreeze.hardware import Device, find_device
 from dsfreeze.recipe import Recipe
 from dsfreeze.record import RecordData, read_record
+from dsfreeze.setting import workload_of
 
 #: Steps left out at the start of a run: they compile, allocate, and warm caches.
 WARMUP = 2
@@ -65,6 +66,6 @@ def _require_device(record: RecordData, device: Device) -> int:
 
 def _positions(recipe: Recipe, tokens: float, world_size: int) -> int:
     """Mean length of a sequence, from the tokens of a step."""
-    train = recipe.train
-    sequences = train.per_device_train_batch_size * train.gradient_accumulation_steps * world_size
+    work = workload_of(recipe)
+    sequences = work.micro_batch_size * work.gradient_accumulation_steps * world_size
     return max(1, min(recipe.data.max_length, round(tokens / sequences)))

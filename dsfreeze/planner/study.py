@@ -25,7 +25,7 @@ from rich.console import Console
 
 from dsfreeze import __version__
 from dsfreeze.anatomy import Anatomy
-from dsfreeze.errors import UserError, did_you_mean
+from dsfreeze.errors import UserError
 from dsfreeze.estimate.caching import CacheCost, cached_layers
 from dsfreeze.estimate.price import PlanCost
 from dsfreeze.files import write_whole
@@ -36,8 +36,10 @@ from dsfreeze.planner.request import MOST_GPUS, parse_gpus
 from dsfreeze.planner.sweep import WORTH, Ground, cell
 from dsfreeze.progress import Watch, watched
 from dsfreeze.recipe import FreezeOptions
+from dsfreeze.recipe_reader import report
 from dsfreeze.recipe_section import Section, Texts
-from dsfreeze.recipe_yaml import Document, Key, dump_yaml, parse_yaml, read_file
+from dsfreeze.recipe_yaml import dump_yaml, parse_yaml, read_file
+from dsfreeze.section_reader import dotted, problems
 from dsfreeze.setting import Workload
 from dsfreeze.shapes import known_activations, known_anatomy
 from dsfreeze.strategies import make_plan
@@ -134,40 +136,14 @@ def label(options: FreezeOptions) -> str:
 def read_study(path: Path | str) -> Study:
     """The study that a YAML file describes; one UserError naming every mistake with its line."""
     document = parse_yaml(read_file(Path(path), "study"), str(path))
-    told = [(line, f"{_dotted(key)}: {text}") for key, line, text in document.mistakes]
+    where = {key: f"{path}:{line}" for key, line in document.lines.items()}
+    told = [(f"{path}:{line}", f"{dotted(key)}: {text}") for key, line, text in document.mistakes]
     if not told:
         try:
             return Study.model_validate(document.values)
         except ValidationError as error:
-            told = [_told(document, problem) for problem in error.errors(include_url=False)]
-    lines = [f"{path}:{line}: {text}" if line else f"{path}: {text}" for line, text in sorted(told)]
-    raise UserError(lines[0] if len(lines) == 1 else f"{len(lines)} mistakes:\n  " + "\n  ".join(lines))
-
-
-def _told(document: Document, problem: Any) -> tuple[int, str]:
-    """(line, wording) of one of pydantic's problems."""
-    key: Key = tuple(problem["loc"])
-    line = next((document.lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in document.lines), 0)
-    return line, f"{_dotted(key)} {_wording(key, problem)}"
-
-
-def _wording(key: Key, problem: Any) -> str:
-    kind, name = problem["type"], str(key[-1])
-    if kind == "extra_forbidden":
-        valid = FreezeOptions.model_fields if key[0] == "strategies" else Study.model_fields
-        return "is an unknown key." + did_you_mean(name, valid)
-    if kind == "missing":
-        return f"is missing. {Study.model_fields[name].description}"
-    if kind == "literal_error" and isinstance(problem["input"], str):
-        choices = [word.strip("'") for word in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-        return f"is '{problem['input']}'.{did_you_mean(problem['input'], choices, how_many_listed=40)}"
-    if kind == "value_error":
-        return str(problem["ctx"]["error"])
-    return f"is {problem['input']!r:.80}: {problem['msg'].lower()}"
-
-
-def _dotted(key: Key) -> str:
-    return "".join(f"[{item}]" if isinstance(item, int) else f".{item}" for item in key).lstrip(".")
+            told = problems(Study, error, where, str(path))
+    raise UserError(report(told))
 
 
 # -- running -----------------------------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ class PrefixCache:
         counts: bool = True,
     ) -> Iterator[None]:
         """Within it a forward pass of this batch starts at the highest cut it can, and stores what is not stored (collective at
-        stage 3). `staged`: what was read ahead; `counts`: whether it is no filler."""
+        stage 3). `staged`: what was read ahead; `counts`: whether `summary` counts it, which a filler is not worth."""
         view = self.view
         if not view.cut or rows is None:
             yield

@@ -62,7 +62,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Wanted:
-    """An example whose states are to be computed; its row is read when it is its turn."""
+    """A sequence whose states are to be computed; its row is read when it is its turn."""
 
     key: bytes
     rows: Rows
@@ -73,7 +73,7 @@ class Wanted:
         return self.rows.length(self.index)
 
     def read(self) -> Example:
-        return self.rows.examples[self.index]
+        return self.rows.sequences[self.index]
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dsfreeze.scores import change, deviation, gradient, similarity, spectrum
+from dsfreeze.scores import change, deviation, gradient, magnitude, similarity, spectrum
 from dsfreeze.scores.observations import Observations, Scores
 
-__all__ = ["FAMILIES", "SCORES", "Observations", "Score", "Scores"]
+__all__ = ["DATA_FREE", "FAMILIES", "SCORES", "Observations", "Score", "Scores"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ SCORES: dict[str, Score] = {
     "change_l2": Score("change", "probe", change.change_l2),
     "change_relative": Score("change", "probe", change.change_relative),
     "change_rms": Score("change", "probe", change.change_rms),
+    "gradient_norm_change": Score("change", "probe", gradient.gradient_norm_change),
     "auto_rgn": Score("change", "gradients", gradient.auto_rgn),
     "ila": Score("change", "gates", change.ila),
     "deviation_a": Score("deviation", "traces", deviation.deviation_a),
@@ -39,6 +40,8 @@ SCORES: dict[str, Score] = {
     "fisher": Score("gradient", "fisher", gradient.fisher),
     "greentrainer": Score("gradient", "gradients", gradient.greentrainer),
     "ablation": Score("gradient", "ablation", gradient.ablation),
+    "weight_norm": Score("magnitude", "weights", magnitude.weight_norm),
+    "wanda": Score("magnitude", "inputs", magnitude.wanda),
     "snr": Score("spectrum", "spectra", spectrum.snr),
     "snr_textbook": Score("spectrum", "spectra", spectrum.snr_textbook),
     "condition_number": Score("spectrum", "spectra", spectrum.condition_number),
@@ -47,4 +50,6 @@ SCORES: dict[str, Score] = {
     "cka_reference": Score("similarity", "reference", similarity.cka_reference),
     "plasticity_reference": Score("similarity", "reference", similarity.plasticity_reference),
 }
+#: Sources that look at the weights alone: no other data would give another ranking.
+DATA_FREE = ("spectra", "weights")
 FAMILIES = tuple(dict.fromkeys(score.family for score in SCORES.values()))

@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from dsfreeze.scores.observations import Observations, Scores
+from dsfreeze.strategies.adaptive.autofreeze import relative_change
 
 
 def gradient_norm(seen: Observations) -> Scores:
@@ -52,6 +53,18 @@ def auto_rgn(seen: Observations) -> Scores:
     has none and counts 0. Per unit of relative change. Cost: the gradient norm's."""
     norms, weights = gradient_norm(seen), seen.with_layers(seen.weights)
     return {name: value / math.sqrt(weights[name]) if weights[name] else 0.0 for name, value in norms.items()}
+
+
+def gradient_norm_change(seen: Observations) -> Scores:
+    """AutoFreeze's eta (arXiv 2102.01386): |before - now| / before of a layer's gradient, here its mean L1 norm in the first and in the
+    second half of the probe's steps; mean of both probes. No unit. Published is the norm of the gradients' sum over an interval,
+    which would take a copy of the weights (ours: the norms' mean). Cost: the probes."""
+    found: dict[str, float] = {}
+    for sizes in seen.sizes:
+        first, second = (seen.with_layers({name: sizes[name][k] for name in seen.tensors}) for k in (0, 1))
+        for name in first:
+            found[name] = found.get(name, 0.0) + relative_change(first[name], second[name]) / len(seen.sizes)
+    return found
 
 
 def numel(seen: Observations, name: str) -> int:

@@ -41,8 +41,14 @@ class Observations:
     """The same of the reference model."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Squared norm of each tensor."""
+    inputs: Sequence[Mapping[str, np.ndarray]] = ()
+    """Of each half of the examples, by matrix (inputs,): the squared norm of each input over the tokens."""
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """By matrix (inputs,): the sum of the absolute weights that each input meets."""
     changes: Sequence[Mapping[str, Change]] = ()
     """Of each probe run, how far every tensor moved."""
+    sizes: Sequence[Mapping[str, tuple[float, float]]] = ()
+    """Of each probe run, by tensor: its gradient's mean L1 norm in the first half of the steps, and in the second."""
     gates: Sequence[Sequence[float]] = ()
     """(fits, L) logits of the gates on the weight change."""
     spectra: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -76,7 +82,7 @@ class Observations:
         return {**layers, **per_tensor}
 
     def halves(self, random: np.random.Generator) -> tuple[Observations, Observations]:
-        """Two disjoint halves of the examples and of the batches; of the two probes and fits, one each."""
+        """Two disjoint halves of the examples and of the batches; of the two probes, fits and sums over inputs, one each."""
         draw = int(random.integers(2**63))
 
         def cut(values: np.ndarray | torch.Tensor, side: int) -> np.ndarray | torch.Tensor:
@@ -93,6 +99,8 @@ class Observations:
             traces={name: cut(trace, side) for name, trace in self.traces.items()},
             spaces=[cut(space, side) for space in self.spaces],
             reference_spaces=[cut(space, side) for space in self.reference_spaces],
+            inputs=self.inputs[side : side + 1],
             changes=self.changes[side : side + 1],
+            sizes=self.sizes[side : side + 1],
             gates=self.gates[side : side + 1],
         )

@@ -12,8 +12,9 @@ from dsfreeze.errors import UserError, did_you_mean
 from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import FreezeOptions
 from dsfreeze.setting import Setting
-from dsfreeze.strategies import budgeted, progressive, rotating, salf, static
+from dsfreeze.strategies import budgeted, half, progressive, rotating, salf, static
 from dsfreeze.strategies.adaptive import ADAPTIVE
+from dsfreeze.strategies.mask_file import with_masks
 
 #: (anatomy without adapters, options, optimizer steps of the run or None) -> plan
 Strategy = Callable[[Anatomy, FreezeOptions, int | None], FreezePlan]
@@ -29,6 +30,7 @@ STRATEGIES: dict[str, Strategy] = {
     "ranked": static.ranked,
     "budget": budgeted.budget,
     "salf": salf.salf,
+    "half": half.half,
     "patterns": static.patterns,
     "bitfit": static.bitfit,
     "norms": static.norms,
@@ -59,5 +61,7 @@ def make_plan(
     if options.strategy not in STRATEGIES:
         raise UserError(f"There is no strategy '{options.strategy}'.{did_you_mean(options.strategy, STRATEGIES)}")
     if options.strategy == "budget":
-        return budgeted.budget(anatomy, options, num_steps, setting)
-    return STRATEGIES[options.strategy](anatomy, options, num_steps)
+        plan = budgeted.budget(anatomy, options, num_steps, setting)
+    else:
+        plan = STRATEGIES[options.strategy](anatomy, options, num_steps)
+    return plan if options.mask_file is None else with_masks(plan, anatomy, options.mask_file)

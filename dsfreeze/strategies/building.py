@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.errors import UserError
-from dsfreeze.plan import Adapter, FreezePlan, Phase, Rate, StateRule
+from dsfreeze.plan import Adapter, FreezePlan, Mask, Phase, Rate, StateRule
 from dsfreeze.recipe import FreezeOptions
 from dsfreeze.strategies.adapters import adapter_names, left_out, make_adapter
 from dsfreeze.strategies.ends import apply_options, describe_ends
@@ -29,7 +29,7 @@ class Stage:
 def build_plan(
     anatomy: Anatomy, options: FreezeOptions, stages: Sequence[Stage], notes: tuple[str, ...] = (), *,
     state: StateRule = "keep", drop_master: bool = False, rewarmup_steps: int = 0, rates: tuple[Rate, ...] = (),
-    adaptable: frozenset[str] = frozenset(),
+    adaptable: frozenset[str] = frozenset(), masks: tuple[Mask, ...] = (),
 ) -> FreezePlan:  # fmt: skip
     """The plan of what the stages and the options train, with adapters in place of matrices where asked; `adaptable`
     tensors get one even if the run ends before they train, so that a longer run has the same adapters.
@@ -48,7 +48,15 @@ def build_plan(
         _refuse_idle(options, stages, ordered)
     phases = _phases(stages, ordered)
     notes += _described(anatomy, list(wanted.values()))
-    return FreezePlan(options.strategy, phases, adapter, notes, state, drop_master, rewarmup_steps, rates)
+    return FreezePlan(
+        options.strategy, phases, adapter, notes, state, drop_master, rewarmup_steps, rates, masks=_kept(masks, phases)
+    )
+
+
+def _kept(masks: tuple[Mask, ...], phases: tuple[Phase, ...]) -> tuple[Mask, ...]:
+    """Those of tensors that train, which the options for the ends may have changed."""
+    trained = {name for phase in phases for name in phase.trainable}
+    return tuple(mask for mask in masks if mask.tensor in trained)
 
 
 def _adapted(

@@ -40,6 +40,11 @@ def end_names(anatomy: Anatomy, end: str) -> frozenset[str]:
     return frozenset(names | ({tied.name} if tied is not None and end in ("embed", "head") else set()))
 
 
+def all_ends(anatomy: Anatomy) -> frozenset[str]:
+    """Embedding, final norm and head."""
+    return frozenset().union(*(end_names(anatomy, end) for end in ("embed", "norm", "head")))
+
+
 def auto_ends(
     anatomy: Anatomy, blocks: frozenset[str], *, kept: frozenset[str] | None = None, adapter: bool = False
 ) -> frozenset[str]:

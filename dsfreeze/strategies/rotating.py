@@ -15,7 +15,7 @@ from dsfreeze.anatomy import Anatomy
 from dsfreeze.plan import FreezePlan, StateRule
 from dsfreeze.recipe import FreezeOptions
 from dsfreeze.strategies.building import Stage
-from dsfreeze.strategies.ends import apply_options, end_names
+from dsfreeze.strategies.ends import all_ends, apply_options, end_names
 from dsfreeze.strategies.moving import moving_plan, moving_units, number_active, run_length, task_head, unsettled
 from dsfreeze.strategies.scores_file import read_scores, weights_of
 from dsfreeze.strategies.selection import Unit
@@ -65,7 +65,7 @@ def _published_ends(anatomy: Anatomy, options: FreezeOptions) -> frozenset[str]:
     """Embedding, final norm and head; with adapters, the task's own head."""
     if options.adapter is not None:
         return task_head(anatomy)
-    return frozenset().union(*(end_names(anatomy, end) for end in ("embed", "norm", "head")))
+    return all_ends(anatomy)
 
 
 def _embedding_trains(anatomy: Anatomy, options: FreezeOptions, number: int) -> tuple[str, ...]:

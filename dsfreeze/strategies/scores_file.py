@@ -1,4 +1,4 @@
-"""The scores file that `ranked`, `owlore`, `budget` and `salf` read: `{"scores": {"layers.0": 0.12, ...}}`, one number per
+"""The scores file that `ranked`, `owlore`, `budget`, `salf` and `half` read: `{"scores": {"layers.0": 0.12, ...}}`, one number per
 layer or tensor. `dsfreeze analyze` writes more into it: every score it took (`all`), traces, and which model it is about."""
 
 from __future__ import annotations
@@ -126,6 +126,6 @@ def scores_of(scores: dict[str, float], units: Sequence[Unit], path: Path) -> li
             f"freeze.scores: '{path}' has no score for {missing[0]}"
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             + f".{did_you_mean(missing[0], scores, how_many_listed=0)} Scores must be those of this model, by layer "
-            "for freeze.granularity layer, by tensor for matrix or category."
+            "where freeze.granularity (of half, freeze.level) is layer, by tensor elsewhere."
         )
     return [scores[unit.name] for unit in units]

@@ -66,7 +66,7 @@ def number_frozen(options: FreezeOptions, size: int, where: str, fraction: float
     The product is taken in decimal: 0.29 of 100 is 29, which binary floating point would floor to 28.
     """
     if options.count is None:
-        return int((share(options, fraction) * size).to_integral_value(_ROUNDING[options.round]))
+        return int((share(options, fraction) * size).to_integral_value(_ROUNDING[options.rounding]))
     if options.count > size:
         raise UserError(
             f"freeze.count is {options.count}, but {where} has only {size} to freeze. "
@@ -85,7 +85,7 @@ def _pools(anatomy: Anatomy, granularity: str, kept: frozenset[str] | None) -> I
     if granularity in ("layer", "bias"):
         yield "", tuple(Unit(layer.name, _names(layer, kept)) for layer in anatomy.blocks)
         return
-    matrices = [pair for layer in anatomy.blocks for pair in _matrices(layer, kept)]
+    matrices = [pair for layer in anatomy.blocks for pair in matrices_of(layer, kept)]
     if granularity == "matrix":
         yield "", tuple(unit for _, unit in matrices)
         return
@@ -97,7 +97,7 @@ def _names(layer: Layer, kept: frozenset[str] | None) -> tuple[str, ...]:
     return tuple(t.name for t in layer.tensors if kept is None or t.name in kept)
 
 
-def _matrices(layer: Layer, kept: frozenset[str] | None) -> Iterator[tuple[str, Unit]]:
+def matrices_of(layer: Layer, kept: frozenset[str] | None = None) -> Iterator[tuple[str, Unit]]:
     """(category, unit) of each weight with the biases of its module; a bias whose module has no weight stands alone."""
     tensors = [t for t in layer.tensors if kept is None or t.name in kept]
     leaders = [t for t in tensors if not t.is_bias]
@@ -123,7 +123,7 @@ def _counted(options: FreezeOptions, fraction: float, number: int, total: int) -
     each = " of each category" if options.granularity == "category" else ""
     default = "the default " if options.fraction is None else ""
     asked = f"count {options.count}" if options.count is not None else f"{default}fraction {share(options, fraction)}"
-    how = "" if options.count is not None else f", rounded {_ROUNDED[options.round]}"
+    how = "" if options.count is not None else f", rounded {_ROUNDED[options.rounding]}"
     return f"{number} of {total} {unit} frozen (asked for {asked}{each}{how})"
 
 

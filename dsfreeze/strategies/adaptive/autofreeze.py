@@ -37,7 +37,7 @@ def decide(ground: Ground, plan: FreezePlan, evidence: Evidence, memory: Memory)
     """
     now = {name: g.l1 for name, g in gradients_of(ground, ground.active(plan), evidence).items()}
     before = memory.get("l1", {})
-    change = {name: _relative(before[name], value) for name, value in now.items() if name in before}
+    change = {name: relative_change(before[name], value) for name, value in now.items() if name in before}
     first = front(ground, plan)
     if change:
         threshold = percentile(change.values(), ground.options.percentile)
@@ -57,7 +57,7 @@ def _every(ground: Ground) -> int:
     return max(1, ground.num_steps // INTERVALS)
 
 
-def _relative(before: float, now: float) -> float:
+def relative_change(before: float, now: float) -> float:
     """|before - now| / before; a gradient that comes out of nothing has changed wholly."""
     return abs(before - now) / before if before else float(now > 0)
 

@@ -1,0 +1,149 @@
+"""The results of a sequence: one file, rewritten after every round, that a stopped sequence goes on from. No torch.
+
+    output_dir/results.json
+      spec      the resolved file                      data     of each task and probe: rows, sha256, notes
+      start     row 0: the start model                 runs     NAME -> {method, seed, draw, rounds: [row, ...]}
+      summary   the numbers of every method, over seeds and draws
+A row: round, task, scores (0 to 100, by task and probe), numbers (every metric), and what the round took and changed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsfreeze import __version__
+from dsfreeze.continual.matrix import Matrix, Score, spreads
+from dsfreeze.continual.spec import Spec
+from dsfreeze.errors import UserError
+from dsfreeze.files import write_whole
+
+FORMAT_VERSION = 1
+RESULTS, FIGURE = "results.json", "learn_forget.png"
+#: Keys that may change between one call and the next: they add runs, or say what is kept and shown.
+FREE_KEYS = ("methods", "seeds", "draws", "keep_models", "output_dir", "bwt", "folder")
+
+State = dict[str, Any]
+
+
+def open_results(spec: Spec, data: Mapping[str, Any]) -> State:
+    """What earlier calls left, or a beginning. UserError where the folder holds the results of another sequence: says what differs."""
+    resolved = spec.model_dump(mode="json")
+    path = spec.output_dir / RESULTS
+    fresh: State = {
+        "format_version": FORMAT_VERSION, "version": __version__, "spec": resolved, "sequence": [t.name for t in spec.sequence],
+        "probes": [probe.name for probe in spec.probes], "data": dict(data), "start": None, "runs": {}, "summary": {},
+    }  # fmt: skip
+    if not path.exists():
+        return fresh
+    found = read_results(path)
+    changed = list(_differences(found["spec"], resolved))
+    changed += [
+        f"the rows of '{name}'"
+        for name, each in data.items()
+        if found["data"].get(name, {}).get("sha256") != each["sha256"]
+    ]
+    if changed:
+        raise UserError(
+            f"{path} holds the results of another sequence. What differs: {'; '.join(changed)}. Go on with the one it was begun with, "
+            "or name another output_dir."
+        )
+    return {**fresh, "start": found["start"], "runs": found["runs"]}
+
+
+def read_results(path: Path) -> State:
+    """The results file; UserError when there is none, or it is no such file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"There are no results {path}; `dsfreeze continual` writes them.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(value, dict) or value.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{path} holds no results of this version's format ({FORMAT_VERSION}).")
+    return value
+
+
+def write_results(folder: Path, state: Mapping[str, Any]) -> None:
+    """Aside, then renamed; UserError when the disk refuses."""
+    try:
+        write_whole(folder / RESULTS, json.dumps(state, indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"Cannot write {folder / RESULTS}: {error.strerror}. Free disk space, and run the same command again."
+        ) from None
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Keys whose values differ; of methods those of the same name."""
+    for key in dict.fromkeys((*old, *new)):
+        if key not in FREE_KEYS and old.get(key) != new.get(key):
+            yield from _inside(key, old.get(key), new.get(key))
+    theirs = {method["name"]: method for method in old.get("methods", [])}
+    for method in new.get("methods", []):
+        if method["name"] in theirs and theirs[method["name"]] != method:
+            yield from _inside(f"methods.{method['name']}", theirs[method["name"]], method)
+
+
+def _inside(key: str, old: Any, new: Any) -> Iterator[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in dict.fromkeys((*old, *new)):
+            if old.get(name) != new.get(name):
+                yield from _inside(f"{key}.{name}", old.get(name), new.get(name))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (one, other) in enumerate(zip(old, new, strict=True)):
+            if one != other:
+                yield from _inside(f"{key}[{index}]", one, other)
+    else:
+        yield f"{key} ({_shown(old)} there, {_shown(new)} here)"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# -- reading them --------------------------------------------------------------------------------------------------
+
+
+def matrix_of(state: Mapping[str, Any], run: Mapping[str, Any]) -> Matrix:
+    """The result matrix of one run."""
+    names: Sequence[str] = state["sequence"]
+    start = state["start"]["scores"] if state["start"] else {}
+    rows: list[list[Score]] = []
+    for row in run["rounds"]:
+        rows += [[None] * len(names)] * (row["round"] - 1 - len(rows))  # rounds that a method has not
+        rows.append([row["scores"].get(name) for name in names])
+    return Matrix(rows, [start.get(name) for name in names])
+
+
+def general_ability(state: Mapping[str, Any], scores: Mapping[str, Score]) -> Score:
+    """The mean of the probes' scores; None without any."""
+    values = [scores.get(name) for name in state["probes"]]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def numbers_of(state: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Score]:
+    """Every number of a run: the matrix's, general ability after the last round, and what the run changed."""
+    numbers: dict[str, Score] = dict(matrix_of(state, run).numbers())
+    last = run["rounds"][-1] if run["rounds"] else {}
+    numbers["general_ability"] = general_ability(state, last.get("scores", {}))
+    for key in ("update_norm", "trainable_share"):
+        numbers[key] = last.get(key)
+    for name in state["probes"]:
+        for metric, value in last.get("numbers", {}).get(name, {}).items():
+            numbers[f"{name}.{metric}"] = value
+    seconds = [row["seconds"] for row in run["rounds"] if row.get("seconds") is not None]
+    numbers["seconds"] = sum(seconds) if seconds else None
+    return numbers
+
+
+def summarise(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Of each method (WiSE-FT: of each alpha) the mean of every number and its deviation over seeds, and over draws apart."""
+    groups: dict[str, dict[tuple[int, int | None], dict[str, Score]]] = {}
+    for run in state["runs"].values():
+        groups.setdefault(run["label"], {})[run["seed"], run["draw"]] = numbers_of(state, run)
+    return {label: spreads(numbers) for label, numbers in groups.items()}
