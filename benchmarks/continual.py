@@ -11,11 +11,11 @@ against what was forgotten lie beside this file and in docs/.
 from __future__ import annotations
 
 import gzip
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
 from common import machine, write
 from rich.console import Console
 
@@ -72,7 +72,7 @@ def spec_of(model: str, data: dict[str, dict[str, str]], methods: list[dict[str,
     ]
     train = {
         "max_steps": steps, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 32, "warmup_ratio": 0.1,
-        "eval_strategy": "no", "save_strategy": "no",
+        "save_strategy": "no",
     }  # fmt: skip
     spec = {
         "model": MODELS[model], "zero": "local", "tasks": tasks, "probes": probes, "methods": methods, "output_dir": str(out),
@@ -80,7 +80,7 @@ def spec_of(model: str, data: dict[str, dict[str, str]], methods: list[dict[str,
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     path = out / "tasks.yaml"
-    path.write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
+    path.write_text(json.dumps(spec, indent=1), encoding="utf-8")  # JSON is YAML
     return path
 
 
