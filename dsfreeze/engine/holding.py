@@ -12,7 +12,7 @@ Two things are hooked, and nothing of PyTorch or DeepSpeed is replaced:
 gradients); while a tensor's gradient is made, the gradient again and a byte an element; while the optimizer steps, 5 bytes for
 each element of masked tensors that it steps at once: this rank's share of a layer at stages 1 to 3, which step one
 after the other, and of everything that trains at stage 0 and on the local engine.
-In time, one CPU thread takes about 7 ns an element for a gradient and 6 ns for a step. Nothing where the plan has no masks. Frozen elements save no memory: gradient, master and moments of the whole tensor are there.
+Nothing where the plan has no masks. Frozen elements save no memory: gradient, master and moments of the whole tensor are there.
 """
 
 from __future__ import annotations
