@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from dsfreeze import metrics
 from dsfreeze.data.examples import IGNORED, Batch, TaskData, pad_id, pad_inputs
+from dsfreeze.engine.modes import takes
 from dsfreeze.errors import UserError
 from dsfreeze.objectives.preference import Preference
 from dsfreeze.progress import Watch
@@ -105,14 +106,42 @@ def _judge(engine: Engine, task_data: TaskData, batch: Batch) -> list[Judged]:
     """One forward pass; the logits are judged example by example, on the device, in fp32."""
     if isinstance(engine.objective, Preference):
         return _judge_pairs(engine, engine.objective, batch)
+    if task_data.task in ("causal_lm", "sft", "seq2seq"):
+        return _judge_texts(engine, task_data, batch)
     judge = _judge_number if task_data.num_labels == 1 else _JUDGES[task_data.task]
+    logits = engine.no_grad_forward({key: value for key, value in batch.items() if key != "labels"}).logits.detach()
+    return [judge(row.float(), label.to(row.device)) for row, label in zip(logits, batch["labels"], strict=True)]
+
+
+def _judge_texts(engine: Engine, task_data: TaskData, batch: Batch) -> list[Judged]:
+    """Each text's loss, and whether its tokens that count are what greedy decoding would give."""
     labels = batch["labels"]
-    if (
-        task_data.task != "seq2seq"
-    ):  # its decoder's input is made from the labels; elsewhere the model need not see them
-        batch = {key: value for key, value in batch.items() if key != "labels"}
-    logits = engine.no_grad_forward(batch).logits.detach()
-    return [judge(row.float(), label.to(row.device)) for row, label in zip(logits, labels, strict=True)]
+    if task_data.task == "seq2seq":  # the decoder's input is made from the labels
+        logits, before = engine.no_grad_forward(batch).logits.detach(), F.pad(labels[:, :-1], (1, 0), value=IGNORED)
+    else:
+        # position p predicts token p + 1; the vocabulary's logits of a prompt would take most of a short answer's pass
+        kept = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        if takes(engine.module, "logits_to_keep"):
+            logits = engine.no_grad_forward(inputs, logits_to_keep=kept).logits.detach()
+        else:
+            logits = engine.no_grad_forward(inputs).logits.detach()[:, kept]
+        labels, before = labels[:, 1:][:, kept], labels[:, :-1][:, kept]
+    greedy = "greedy_match" in task_data.metrics
+    # what a template writes after the end-of-text token is no part of the answer
+    asked = labels.masked_fill(before == task_data.tokenizer.eos_token_id, IGNORED) if greedy else labels
+    return [
+        _judge_text(*(each.to(row.device) for each in (label, answer)), row, greedy=greedy)
+        for row, label, answer in zip(logits, labels, asked, strict=True)
+    ]
+
+
+def _judge_text(labels: torch.Tensor, answer: torch.Tensor, logits: torch.Tensor, *, greedy: bool) -> Judged:
+    """`labels` and `answer` [positions] hold IGNORED where a token does not count, `logits` [positions, vocabulary]."""
+    counted, asked = labels != IGNORED, answer != IGNORED
+    loss, items = _token_loss(logits[counted].float(), labels[counted])
+    same = bool((logits[asked].argmax(-1) == answer[asked]).all()) if greedy else None
+    return loss, items, None, same
 
 
 def _judge_pairs(engine: Engine, objective: Preference, batch: Batch) -> list[Judged]:
@@ -138,16 +167,6 @@ def _judge_tags(logits: torch.Tensor, labels: torch.Tensor) -> Judged:
     return loss, items, labels[tagged].tolist(), logits[tagged].argmax(-1).tolist()
 
 
-def _judge_next_tokens(logits: torch.Tensor, labels: torch.Tensor) -> Judged:
-    counted = labels[1:] != IGNORED
-    return *_token_loss(logits[:-1][counted], labels[1:][counted]), None, None
-
-
-def _judge_tokens(logits: torch.Tensor, labels: torch.Tensor) -> Judged:
-    counted = labels != IGNORED
-    return *_token_loss(logits[counted], labels[counted]), None, None
-
-
 def _token_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
     """Sum in float64 of the tokens' fp32 losses, and their number; logits [items, vocabulary], labels [items]."""
     return F.cross_entropy(logits, labels, reduction="none").double().sum().item(), len(labels)
@@ -156,9 +175,6 @@ def _token_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]
 _JUDGES: dict[str, Callable[[torch.Tensor, torch.Tensor], Judged]] = {
     "classification": _judge_class,
     "tokens": _judge_tags,
-    "causal_lm": _judge_next_tokens,
-    "sft": _judge_next_tokens,
-    "seq2seq": _judge_tokens,
 }
 
 

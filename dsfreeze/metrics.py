@@ -28,7 +28,7 @@ class Outcome:
     loss           mean of the model's own loss per item, in nats (squared error for a regression)
     labels         class names, for classes and tags
     truth, guess   one class index, number, or list of tag indices per example; the rewards of a pair's chosen and rejected
-                   answer
+                   answer; of a text the guess alone, whether greedy decoding would give it
     sources        what each text is an answer to
     """
 
@@ -158,6 +158,12 @@ def exact_match(outcome: Outcome) -> Numbers:
     return {"exact_match": sum(_matches(text, ref) for text, ref in pairs) / max(len(outcome.references), 1)}
 
 
+def greedy_match(outcome: Outcome) -> Numbers:
+    """Share of answers that greedy decoding would give token for token, end included, from the loss's own forward pass: nothing is
+    generated (`is_greedy` of EleutherAI's lm-eval). An answer cut at data.max_length counts by what is left of it."""
+    return {"greedy_match": sum(outcome.guess) / max(len(outcome.guess), 1)}
+
+
 def strict_match(outcome: Outcome) -> Numbers:
     """Share of answers equal to the reference to the last blank (TRACE's accuracy)."""
     return {"strict_match": _mean_of(text_metrics.same_text, outcome)}
@@ -237,6 +243,7 @@ METRICS = {
     "reward_accuracy": Metric(reward_accuracy, (PAIRS,)),
     "reward_margin": Metric(reward_margin, (PAIRS,)),
     "rewards": Metric(rewards, (PAIRS,)),
+    "greedy_match": Metric(greedy_match, (ANSWERS,)),
     "rouge": Metric(rouge, (ANSWERS,), generates=True, headline="rougeL"),
     "bleu": Metric(bleu, (ANSWERS,), generates=True, full=100.0),
     "exact_match": Metric(exact_match, (ANSWERS,), generates=True),
@@ -253,7 +260,9 @@ DEFAULTS = {
     TAGS: ("entity_f1", "accuracy"),
     TEXT: ("perplexity",),
     PAIRS: ("reward_accuracy", "reward_margin", "rewards"),
-    ANSWERS: ("perplexity",),  # generation takes long: name bleu, rouge or exact_match to have it
+    ANSWERS: (
+        "perplexity",
+    ),  # generation takes long: name bleu, rouge or exact_match to have it; greedy_match takes none
 }
 
 

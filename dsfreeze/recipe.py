@@ -89,8 +89,8 @@ class DataOptions(Section):
     """seq2seq: text before every source ("translate English to German: ")."""
     metrics: Texts | None = None
     """Evaluation metrics; None takes the task's own. Of: accuracy, f1, f1_macro, matthews, pearson, spearman,
-    entity_f1, perplexity, reward_accuracy, reward_margin, rewards, rouge, bleu, exact_match, strict_match, first_char,
-    rouge_l, edit_similarity, sari."""
+    entity_f1, perplexity, reward_accuracy, reward_margin, rewards, greedy_match, rouge, bleu, exact_match, strict_match,
+    first_char, rouge_l, edit_similarity, sari."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
     """Longest generated answer, in tokens, for metrics that generate (all from rouge on)."""
 

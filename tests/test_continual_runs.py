@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from dsfreeze.commands import evaluate_recipe
-from dsfreeze.continual import rounds, weights
+from dsfreeze.continual import measuring, rounds, weights
 from dsfreeze.continual.reading import read_course
 from dsfreeze.continual.results import read_results
 from dsfreeze.errors import UserError
@@ -130,7 +130,7 @@ def test_a_finished_sequence_does_nothing_and_another_one_is_refused(tmp_path: P
     state = run(path)
     with monkeypatch.context() as patch:
         patch.setattr(rounds, "train", None)
-        patch.setattr(rounds, "evaluate_recipe", None)
+        patch.setattr(measuring, "evaluate", None)
         assert run(path)["runs"] == state["runs"]
     with pytest.raises(UserError, match=r"What differs: train.learning_rate \(0.01 there, 0.02 here\)"):
         run(path, "train.learning_rate=0.02")
@@ -276,11 +276,11 @@ def test_the_length_of_answers_is_taken_from_the_data(tmp_path: Path, monkeypatc
     """`blue` and the mark that ends it are five tokens of a byte tokenizer, and the line's end one more."""
     lengths = []
 
-    def keep(recipe: Recipe) -> dict[str, float]:
+    def keep(engine: Any, data: Any, recipe: Recipe) -> dict[str, float]:
         lengths.append(recipe.data.max_new_tokens)
         return {"exact_match": 0.0, "loss": 1.0}
 
-    monkeypatch.setattr(rounds, "evaluate_recipe", keep)
+    monkeypatch.setattr(measuring, "evaluate", keep)
     task = task_of(tmp_path, "two", metric="exact_match")
     run(sequence(tmp_path, tasks=[task], probes=[]))
     given = {**task, "name": "given", "data": {**task["data"], "max_new_tokens": 3}}

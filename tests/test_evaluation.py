@@ -48,9 +48,9 @@ class Rank:
         self.module, self.ranks, self.rank, self.world_size = module, ranks, rank, ranks.world_size
 
     @torch.no_grad()
-    def no_grad_forward(self, batch: Any) -> Any:
+    def no_grad_forward(self, batch: Any, **options: Any) -> Any:
         self.ranks.rounds[self.rank] += 1
-        return self.module(**batch)
+        return self.module(**batch, **options)
 
     @torch.no_grad()
     def generate(self, batch: Any, **options: Any) -> torch.Tensor:

@@ -127,10 +127,13 @@ def general_ability(state: Mapping[str, Any], scores: Mapping[str, Score]) -> Sc
 
 
 def numbers_of(state: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Score]:
-    """Every number of a run: the matrix's, general ability after the last round, and what the run changed."""
+    """Every number of a run: the matrix's, after the last round general ability and the tasks' mean
+    loss, and what the run changed."""
     numbers: dict[str, Score] = dict(matrix_of(state, run).numbers())
     last = run["rounds"][-1] if run["rounds"] else {}
     numbers["general_ability"] = general_ability(state, last.get("scores", {}))
+    losses = [last.get("numbers", {}).get(name, {}).get("loss") for name in state["sequence"]]
+    numbers["task_loss"] = sum(losses) / len(losses) if losses and None not in losses else None
     for key in ("update_norm", "trainable_share"):
         numbers[key] = last.get(key)
     for name in state["probes"]:

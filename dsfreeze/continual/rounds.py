@@ -23,8 +23,8 @@ from typing import Any
 from rich.console import Console
 
 from dsfreeze.checkpoint import list_checkpoints
-from dsfreeze.commands import evaluate_recipe
 from dsfreeze.continual import weights
+from dsfreeze.continual.measuring import Meter
 from dsfreeze.continual.methods import METHODS
 from dsfreeze.continual.prepare import prepare
 from dsfreeze.continual.reading import Course, metric_of
@@ -117,6 +117,7 @@ class Rounds:
         self.tasks = self.spec.sequence
         self.trips = list(trips(course))
         self.folder = Path(self.spec.output_dir)
+        self.meter = Meter()
         self.began, self.done = time.monotonic(), 0
 
     def run(self) -> None:
@@ -299,16 +300,20 @@ class Rounds:
     def _measured(self, model: str, wanted: Sequence[Measured], trip: Trip | None = None) -> dict[str, Any]:
         """Scores (0 to 100) and all numbers of a model by task and probe; a number that is not finite is None."""
         scores, numbers = {}, {}
-        for measured in wanted:
-            recipe = _of_model(self._at(measured, self.course.measure_recipe(measured)), model)
-            if recipe.task == PREFERENCE:
-                assert trip is not None, "the start model has no preference"
-                found = evaluate_recipe(recipe, self._reference(trip, measured))
-            else:
-                found = evaluate_recipe(recipe)
-            scores[measured.name] = score(metric_of(self.spec, measured), found)
-            numbers[measured.name] = {name: value if math.isfinite(value) else None for name, value in found.items()}
+        by_name = {measured.name: measured for measured in wanted}
+        found = self.meter.numbers((name, *self._evaluation(each, model, trip)) for name, each in by_name.items())
+        for name, values in found.items():
+            scores[name] = score(metric_of(self.spec, by_name[name]), values)
+            numbers[name] = {metric: value if math.isfinite(value) else None for metric, value in values.items()}
         return {"scores": scores, "numbers": numbers}
+
+    def _evaluation(self, measured: Measured, model: str, trip: Trip | None) -> tuple[Recipe, Path | None]:
+        """The recipe, and the run whose reference a preference is measured against."""
+        recipe = _of_model(self._at(measured, self.course.measure_recipe(measured)), model)
+        if recipe.task != PREFERENCE:
+            return recipe, None
+        assert trip is not None, "the start model has no preference"
+        return recipe, self._reference(trip, measured)
 
     def _reference(self, trip: Trip, measured: Measured) -> Path:
         """The folder of the round that trained on a preference: what it began with is what the preference is measured against."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -186,7 +187,11 @@ def tokenised(rows: Dataset, encode: Callable[[dict[str, list[Any]]], dict[str, 
     Memory-mapped for rows from a file. Never taken from a former run's cache: `datasets` tells functions apart by
     name, and would not see that ours has changed since.
     """
-    return rows.map(encode, batched=True, remove_columns=rows.column_names, load_from_cache_file=False)
+    # in memory nothing is kept under the fingerprint, and to make one `datasets` would pickle the tokenizer
+    fingerprint = None if rows.cache_files else uuid4().hex
+    return rows.map(
+        encode, batched=True, remove_columns=rows.column_names, load_from_cache_file=False, new_fingerprint=fingerprint
+    )
 
 
 def learnable(

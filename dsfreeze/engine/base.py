@@ -7,7 +7,6 @@ An engine adds how the optimizer is built (`_build`), how a loss goes backward (
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,7 +25,7 @@ from dsfreeze.engine.groups import Group, by_name, group_tensors, set_learning_r
 from dsfreeze.engine.holding import Holding
 from dsfreeze.engine.masks import Bits
 from dsfreeze.engine.memory import Meter, nbytes, spanned_bytes
-from dsfreeze.engine.modes import Modes, set_trainable
+from dsfreeze.engine.modes import Modes, set_trainable, takes
 from dsfreeze.engine.movement import Checksums, changed, checksums, merge
 from dsfreeze.engine.parcels import Parcel
 from dsfreeze.engine.streaming import Take, streamed_gradients
@@ -65,7 +64,7 @@ class BaseEngine(ABC):
         for buffer in module.buffers():
             buffer.data = buffer.data.to(device)
         module.eval()
-        self._forward_options = {"use_cache": False} if _takes(module, "use_cache") else {}
+        self._forward_options = {"use_cache": False} if takes(module, "use_cache") else {}
         self._named = by_name(module)
         self._parameters = list(module.named_parameters())
         self._meter = Meter(device)
@@ -539,10 +538,6 @@ def _precise(entry: TensorState, dtype: torch.dtype) -> torch.Tensor:
 
 def _squared(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.double().square().sum()
-
-
-def _takes(module: nn.Module, argument: str) -> bool:
-    return argument in inspect.signature(module.forward).parameters
 
 
 def _some(names: list[str]) -> str:

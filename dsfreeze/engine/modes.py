@@ -8,6 +8,7 @@ Autograd records nothing there, because nothing in it needs a gradient; what mus
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterable, Iterator
 
 from torch import nn
@@ -16,6 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from dsfreeze.anatomy import Anatomy, Layer
 from dsfreeze.engine.groups import by_name
 from dsfreeze.errors import UserError
+
+
+def takes(module: nn.Module, argument: str) -> bool:
+    """Whether the module's forward pass has an argument of that name."""
+    return argument in inspect.signature(module.forward).parameters
 
 
 def set_trainable(module: nn.Module, names: Iterable[str]) -> None:

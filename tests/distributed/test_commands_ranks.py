@@ -20,7 +20,9 @@ def spoken(words: list[str]) -> tuple[int, str, int]:
 
     passes = []
     real = BaseEngine.no_grad_forward
-    BaseEngine.no_grad_forward = lambda engine, batch: passes.append(engine.rank) or real(engine, batch)
+    BaseEngine.no_grad_forward = lambda engine, batch, **options: (
+        passes.append(engine.rank) or real(engine, batch, **options)
+    )
     try:
         with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()):
             code = run(words)

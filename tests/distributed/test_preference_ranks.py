@@ -20,7 +20,9 @@ def go_on(raw: dict, folder: str) -> tuple[dict, dict, list[int]]:
     again["train"]["resume_from_checkpoint"] = f"{raw['train']['output_dir']}/checkpoint-4"
     with process_group(Recipe.model_validate(raw)):
         first, passes, real = train(raw), [], BaseEngine.no_grad_forward
-        BaseEngine.no_grad_forward = lambda engine, batch: passes.append(len(batch["input_ids"])) or real(engine, batch)
+        BaseEngine.no_grad_forward = lambda engine, batch, **options: (
+            passes.append(len(batch["input_ids"])) or real(engine, batch, **options)
+        )
         try:
             return first, train(again), passes
         finally:
