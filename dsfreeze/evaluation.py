@@ -128,12 +128,21 @@ def _judge_texts(engine: Engine, task_data: TaskData, batch: Batch) -> list[Judg
             logits = engine.no_grad_forward(inputs).logits.detach()[:, kept]
         labels, before = labels[:, 1:][:, kept], labels[:, :-1][:, kept]
     greedy = "greedy_match" in task_data.metrics
-    # what a template writes after the end-of-text token is no part of the answer
-    asked = labels.masked_fill(before == task_data.tokenizer.eos_token_id, IGNORED) if greedy else labels
+    asked = labels.masked_fill(_ended(before, task_data.tokenizer.eos_token_id), IGNORED) if greedy else labels
     return [
         _judge_text(*(each.to(row.device) for each in (label, answer)), row, greedy=greedy)
         for row, label, answer in zip(logits, labels, asked, strict=True)
     ]
+
+
+def _ended(before: torch.Tensor, end: int | None) -> torch.Tensor:
+    """Where, by the labels before, an answer has ended: what a template writes after the end-of-text token is no part of it. bool
+    [batch, positions]."""
+    ended, columns = torch.zeros_like(before[:, 0], dtype=torch.bool), []
+    for label in before.unbind(1):
+        ended = (ended | (label == end)) & (label != IGNORED)
+        columns.append(ended)
+    return torch.stack(columns, dim=1)
 
 
 def _judge_text(labels: torch.Tensor, answer: torch.Tensor, logits: torch.Tensor, *, greedy: bool) -> Judged:

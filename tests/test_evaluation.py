@@ -192,6 +192,49 @@ def test_answers_generated_in_batches_are_those_generated_alone(tmp_path: Path) 
     assert result["rouge1"] == pytest.approx(1.0)
 
 
+@needs_shared
+@pytest.mark.parametrize("ends", [False, True])
+def test_greedy_match_is_what_generation_gives(tmp_path: Path, ends: bool) -> None:
+    """Oracle: greedy decoding of each prompt by itself, token for token. The line's end after the end-of-text token is the template's,
+    and no model need write it; here the model ends an answer where it would write a full stop."""
+    folder = SHARED / "weights/stories260K"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    after = f"{tokenizer.eos_token}\n" if ends else ""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}" + after + "{% endif %}{% endfor %}"
+    )
+    if ends:
+        head = model.get_output_embeddings().weight.detach().clone()  # tied to the embedding, which is to stay as it is
+        head[tokenizer.eos_token_id] = 1.01 * head[tokenizer.convert_tokens_to_ids(".")]
+        model.get_output_embeddings().weight = torch.nn.Parameter(head)
+    rows = []
+    for index, question in enumerate(
+        ["Once upon a time,", "Lily", "The big dog was happy. Then", "A dog", "Tom and his mom"]
+    ):
+        ids = tokenizer(question, add_special_tokens=False, return_tensors="pt").input_ids
+        out = model.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0)
+        answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        rows.append({"question": question, "answer": answer if index != 2 else answer + " cat"})
+    data = prepared("sft", tokenizer, train=None, eval=rows_file(tmp_path, rows), metrics=["greedy_match"])
+    result = equal_everywhere(model, data)
+    right = [_is_greedy(model, data.eval[index], tokenizer.eos_token_id) for index in range(len(rows))]
+    assert 0 < sum(right) < len(right)
+    assert result["greedy_match"] == sum(right) / len(right)
+    with torch.no_grad():
+        outputs = model(**data.collate([data.eval[index] for index in range(len(rows))]))
+    assert result["loss"] == pytest.approx(outputs.loss.item(), rel=1e-4)
+
+
+def _is_greedy(model: Any, example: Any, end: int) -> bool:
+    """Whether greedy decoding writes the example's answer, up to the end-of-text token."""
+    start = next(place for place, label in enumerate(example["labels"]) if label != -100)
+    prompt, answer = example["input_ids"][:start], example["input_ids"][start:]
+    answer = answer[: answer.index(end) + 1] if end in answer else answer
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=len(answer), do_sample=False, pad_token_id=0)
+    return out[0, start:].tolist() == list(answer)
+
+
 def test_sequence_to_sequence(tmp_path: Path) -> None:
     """Oracle: the model's own mean loss over the whole set; generated text is compared without the prompt."""
     torch.manual_seed(0)
