@@ -7,6 +7,10 @@ import os
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported, which reads it once
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # as many workers as cores: threads of one would wait in turn for those of another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

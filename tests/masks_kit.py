@@ -64,12 +64,12 @@ def local(plan: FreezePlan, **train) -> LocalEngine:
     return LocalEngine(tiny_llama(), ANATOMY, recipe, state=plan.state, masks=make_masks(plan, ANATOMY))
 
 
-def run(engine, plan, first=0, last=STEPS):
+def run(engine, plan, first=0, last=STEPS, accumulation=1):
     """Losses and gradient norms of the plan's steps; nothing frozen may have changed, and everything else must have moved."""
     losses, norms = [], []
     for step in range(first, last):
         engine.enter(plan.phase_at(step))
-        loss, norm = train_steps(engine, step, step + 1, lr=5e-3)
+        loss, norm = train_steps(engine, step, step + 1, lr=5e-3, accumulation=accumulation)
         losses, norms = losses + loss, norms + norm
         if step + 1 == (plan.phase_at(step).end or STEPS):
             moved = engine.movement()

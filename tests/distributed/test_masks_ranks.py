@@ -98,6 +98,33 @@ def test_every_stage_equals_a_plain_loop(stage, tmp_path):
     assert len(losses) == STEPS
 
 
+def train_in_parts(plan):
+    """By stage: two micro-steps to a step, blocks recomputed in the backward pass."""
+    results = {}
+    with process_group(recipe_of()):
+        for stage in ("zero0", "zero1", "zero2", "zero3"):
+            recipe = recipe_of(stage, gradient_accumulation_steps=2, gradient_checkpointing=True, **TRAIN)
+            config = config_of(recipe, dist.get_world_size())
+            engine = ZeroEngine(tiny_llama(), ANATOMY, recipe, config, masks=make_masks(plan, ANATOMY))
+            losses, norms = run(engine, plan, accumulation=2)
+            results[stage] = losses, norms, engine.export_weights(t.name for t in ANATOMY.tensors)
+            engine.close()
+    return results
+
+
+def test_micro_steps_and_recomputing_change_nothing(tmp_path):
+    """Oracle: `plainly`, which takes each step's examples in one pass and keeps its activations."""
+    plan = masked_plan(tmp_path)
+    leader, _ = run_ranks(train_in_parts, plan, timeout=120)
+    wanted, wanted_norms, golden = plainly(plan)
+    for stage, (losses, norms, weights) in leader.items():
+        assert losses == pytest.approx(wanted, abs=2e-6), stage
+        assert norms == pytest.approx(wanted_norms, rel=1e-5), stage
+        for name, value in golden.items():
+            torch.testing.assert_close(weights[name], value, atol=1e-6, rtol=0, msg=f"{stage} {name}")
+        assert_held_back(plan, weights)
+
+
 def drawn_here(plan):
     """This rank's masks; and an engine whose steps are not known to be one torch optimizer's is refused with them alone."""
     with process_group(recipe_of()):
