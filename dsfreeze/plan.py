@@ -66,7 +66,7 @@ class Mask:
     """Of a tensor the elements that train when it does; the others keep their bits (`engine/masks.py` sees to it).
 
     Said in one of three ways: `rows`, blocks [first, last) of a fused matrix's outputs (and of its bias); `share` of the elements,
-    drawn from `seed` and the tensor's name; `file`, safetensors of booleans by tensor name, whose content has that `sha256`.
+    drawn from `seed` and the tensor's name, or with `inverted` all but those; `file`, safetensors of booleans by tensor name, whose content has that `sha256`.
     `trained` is the number of elements that train.
     """
 
@@ -75,6 +75,7 @@ class Mask:
     rows: tuple[tuple[int, int], ...] = ()
     share: float | None = None
     seed: int | None = None
+    inverted: bool = False
     file: str | None = None
     sha256: str | None = None
 
@@ -184,7 +185,7 @@ class FreezePlan:
         apart = ("phases", "adapter", "rates", "masks")
         others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         masks = (
-            {"masks": [asdict(mask) for mask in self.masks]} if self.masks else {}
+            {"masks": [_plain(mask) for mask in self.masks]} if self.masks else {}
         )  # plans without keep their digest
         return {
             **others,
@@ -214,6 +215,10 @@ class FreezePlan:
         if plan.digest != digest:
             raise UserError("The freeze plan was changed by hand: its digest does not match its phases.")
         return plan
+
+
+def _plain(mask: Mask) -> dict[str, Any]:
+    return {key: value for key, value in asdict(mask).items() if value is not False}
 
 
 def _mask(raw: dict[str, Any]) -> Mask:

@@ -354,13 +354,10 @@ class FreezeOptions(Section):
             raise ValueError(
                 "score names one of the scores in freeze.scores, which is missing; name the file, or leave it out"
             )
-        if self.level == "element" and (self.scores is not None or self.masks == "complement"):
-            what = (
-                "scores rank tensors and layers"
-                if self.scores is not None
-                else "masks: complement swaps tensors or layers"
+        if self.level == "element" and self.scores is not None:
+            raise ValueError(
+                "scores rank tensors and layers, and level element draws single elements; write another level"
             )
-            raise ValueError(f"{what}, and level element draws single elements; write another level")
 
     def _agree_on_moving(self) -> None:
         if self.strategy in (*_ROTATING, "sweep") and self.granularity in ("category", "bias"):

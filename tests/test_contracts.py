@@ -88,8 +88,8 @@ def halves_of(scores_file: str | None) -> Iterator[FreezeOptions]:
     for level in ("category", "layer", "model", "element"):
         for more in ({"fraction": 0.25}, {"fraction": 0.6}, {"depth": "top"}, {"round": 3}):
             yield FreezeOptions(strategy="half", level=level, **more)
+        yield FreezeOptions(strategy="half", level=level, masks="complement", round=1)
         if level != "element":
-            yield FreezeOptions(strategy="half", level=level, masks="complement", round=1)
             yield FreezeOptions(strategy="half", level=level, scores=scores_file)
     yield FreezeOptions(strategy="half", balanced=True)
     yield FreezeOptions(strategy="half", level="model", count_by="matrices")

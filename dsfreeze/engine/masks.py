@@ -146,12 +146,14 @@ def _rows(mask: Mask, tensor: Tensor) -> Bits:
 
 def _share(mask: Mask, tensor: Tensor) -> Bits:
     assert mask.share is not None, "a mask by share"
-    if not 0 < mask.share <= 1 or mask.seed is None or abs(mask.trained - mask.share * tensor.numel) >= 1:
+    drawn = tensor.numel - mask.trained if mask.inverted else mask.trained
+    if not 0 < mask.share <= 1 or mask.seed is None or abs(drawn - mask.share * tensor.numel) >= 1:
         raise UserError(
-            f"The mask of '{tensor.name}' draws {mask.trained} of {tensor.numel} elements for share {mask.share} and seed "
+            f"The mask of '{tensor.name}' draws {drawn} of {tensor.numel} elements for share {mask.share} and seed "
             f"{mask.seed}. Give a share in (0, 1], a seed, and the whole number of elements that comes to."
         )
-    return Bits(torch.from_numpy(_draw(mask.trained, tensor.numel, _seed(mask.seed, tensor.name))), tensor.shape)
+    packed = _draw(drawn, tensor.numel, _seed(mask.seed, tensor.name))
+    return Bits(torch.from_numpy(~packed if mask.inverted else packed), tensor.shape)
 
 
 def _seed(seed: int, name: str) -> int:

@@ -111,6 +111,11 @@ def _round_drawn(options: FreezeOptions) -> int:
     return options.round - options.round % 2 if options.masks == "complement" else options.round
 
 
+def _is_turned(options: FreezeOptions) -> bool:
+    """Whether this round trains what the one before it froze."""
+    return options.masks == "complement" and options.round % 2 == 1
+
+
 # -- levels --------------------------------------------------------------------------------------------------------
 
 #: (names, masks, notes) of what trains.
@@ -119,7 +124,7 @@ _Trained = tuple[frozenset[str], tuple[Mask, ...], tuple[str, ...]]
 
 def _drawn(anatomy: Anatomy, layers: Sequence[Layer], options: FreezeOptions) -> _Trained:
     """Layers, or matrices and norms, as the options' level says."""
-    order, turned = _order(anatomy, options), options.masks == "complement" and options.round % 2 == 1
+    order, turned = _order(anatomy, options), _is_turned(options)
     chosen: list[Part] = []
     taken: Counter[tuple[str, str]] = Counter()
     total: Counter[tuple[str, str]] = Counter()
@@ -196,15 +201,19 @@ _LEVELS = {"category": _categories, "layer": _whole_layers, "model": _whole_mode
 
 
 def _elements(layers: Sequence[Layer], options: FreezeOptions) -> _Trained:
-    """The floor of the share of every matrix, norm and bias; routers and the like stay whole."""
-    kept = 1 - _share_frozen(options)
+    """The floor of the share of every matrix, norm and bias, or all but that; routers and the like stay whole."""
+    kept, turned = 1 - _share_frozen(options), _is_turned(options)
     seed = int.from_bytes(hashlib.sha256(f"{options.seed}/{_round_drawn(options)}".encode()).digest()[:4])
     untouched = beside(layers)
-    drawn = [t for layer in layers for t in layer.tensors if t not in untouched and int(kept * t.numel)]
-    masks = tuple(Mask(t.name, int(kept * t.numel), share=float(kept), seed=seed) for t in drawn)
-    names = frozenset(t.name for t in (*drawn, *untouched))
-    told = f"{float(kept):g} of the elements of each of {len(drawn)} tensors"
-    return names, masks, (_draw_told(options, False), told, *_rest_told(len(untouched), 0))
+    sizes = {t.name: t.numel for layer in layers for t in layer.tensors if t not in untouched}
+    drawn = {name: count for name, numel in sizes.items() if (count := int(kept * numel))}
+    masks = tuple(
+        Mask(name, sizes[name] - count if turned else count, share=float(kept), seed=seed, inverted=turned)
+        for name, count in drawn.items()
+    )
+    names = frozenset((*(sizes if turned else drawn), *(t.name for t in untouched)))
+    told = f"{float(1 - kept if turned else kept):g} of the elements of each of {len(drawn)} tensors"
+    return names, masks, (_draw_told(options, turned), told, *_rest_told(len(untouched), 0))
 
 
 def _share_frozen(options: FreezeOptions) -> Fraction:
