@@ -200,9 +200,9 @@ class TestWords:
 
 
 def planner_of(words: list[str], request: Request):
-    from dsfreeze.cli import _anatomy
+    from dsfreeze.cli.known import anatomy_of
 
-    return make_planner(load_recipe(None, words), request, _anatomy, None)
+    return make_planner(load_recipe(None, words), request, anatomy_of, None)
 
 
 class TestMistakes:
@@ -423,10 +423,10 @@ class TestCalibration:
         return tmp_path / "run"
 
     def price(self, recipe, world_size, length):
-        from dsfreeze.cli import _anatomy
+        from dsfreeze.cli.known import anatomy_of
         from dsfreeze.planner.request import price_of_run
 
-        return price_of_run(_anatomy, recipe, world_size, length)
+        return price_of_run(anatomy_of, recipe, world_size, length)
 
     def test_the_run_itself_is_predicted_exactly(self, tmp_path):
         """Oracle: the definition: with the scale, the formula gives the measured median."""
