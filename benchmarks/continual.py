@@ -13,7 +13,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -181,11 +181,12 @@ def main() -> None:
     course = read_course(path, [f"train.learning_rate={rates['full']}"])
     state = run_course(course, console)
     draw_figure(state, HERE.parent / "docs" / f"continual-{model}.svg")
-    target = HERE / f"continual-{model}.py"
-    write(
-        str(target),
-        {"machine": machine(), "learning_rates": rates, "start": state["start"], "summary": state["summary"]},
-    )
+    scores = {key: [row["scores"] for row in run["rounds"]] for key, run in state["runs"].items()}
+    told = {
+        "machine": machine(), "setting": asdict(setting) | {"model": model}, "seeds": SEEDS, "draws": DRAWS, "learning_rates": rates,
+        "start": state["start"], "summary": state["summary"], "scores": scores,
+    }  # fmt: skip
+    write(str(HERE / f"continual-{model}.py"), told)
 
 
 if __name__ == "__main__":
