@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def test_nothing_finished_is_no_figure(tmp_path: Path) -> None:
     assert draw_figure(state, tmp_path / "f.png") == "no method has finished all rounds"
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     path = sequence(tmp_path, "one", "two")
     assert cli.run(["continual", str(path), "seeds=[3]"]) == 0
     out = capsys.readouterr()
@@ -135,6 +136,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert cli.run(["continual", str(path), "seeds=[3]", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == read_results(tmp_path / "out" / RESULTS)
     assert (tmp_path / "out" / FIGURE).exists()
+    monkeypatch.setitem(sys.modules, "seaborn", None)
+    assert cli.run(["continual", str(path), "seeds=[3]"]) == 0
+    assert "no figure: install the figure's library with pip install 'dsfreeze[plot]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("words", "message"), [

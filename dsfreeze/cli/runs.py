@@ -35,7 +35,10 @@ def analyze(words: Words = None, as_json: AsJson = False) -> int:
         say(f"left out: {source}. {escape(reason)}")
     advice = content["recommendation"]
     write("\n".join(["", advice["sentence"], *advice.get("told", ()), "", advice.get("recipe", "")]))
-    say(f"wrote {escape(str(folder / SCORES_FILE))}" + (f"; no figure: {missing}" if missing else f" and {FIGURE}"))
+    say(
+        f"wrote {escape(str(folder / SCORES_FILE))}"
+        + (f"; no figure: {escape(missing)}" if missing else f" and {FIGURE}")
+    )
     return 0
 
 

@@ -38,5 +38,5 @@ def continual(
         print_json(state)
         return 0
     show(continual_table(state))
-    say(f"wrote {escape(str(folder / RESULTS))}" + (f"; no figure: {missing}" if missing else f" and {FIGURE}"))
+    say(f"wrote {escape(str(folder / RESULTS))}" + (f"; no figure: {escape(missing)}" if missing else f" and {FIGURE}"))
     return 0
