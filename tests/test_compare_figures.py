@@ -42,14 +42,14 @@ def test_the_diagram_has_every_rank_and_a_bar_for_each_group():
 
 def test_four_panels_with_units_a_staircase_and_every_method_in_the_legend():
     fronts = pareto_fronts(CELLS)
-    figure = pareto_figure(fronts)
+    figure = pareto_figure(fronts, summarise(CELLS).methods)
     assert [axis.get_xlabel() for axis in figure.axes] == [cost.label for cost in COSTS]
     for axis, front in zip(figure.axes, fronts, strict=True):
-        stairs = next(line for line in axis.lines if line.get_label() == "front")
+        stairs = next(line for line in axis.lines if line.get_label() == "Pareto front")
         assert stairs.get_drawstyle() == "steps-post"
         assert list(zip(stairs.get_xdata(), stairs.get_ydata(), strict=True)) == [(p.cost, p.score) for p in front.edge]
         assert [text.get_text() for text in axis.texts] == [point.method for point in front.edge]
-    assert {text.get_text() for text in figure.legends[0].texts} == {"front", *(f"method{k}" for k in range(6))}
+    assert {text.get_text() for text in figure.legends[0].texts} == {"Pareto front", *(f"method{k}" for k in range(6))}
 
 
 def test_a_panel_for_each_case_with_means_intervals_and_seeds():
@@ -78,7 +78,7 @@ def test_figures_are_svg_and_register_nothing():
     before = pyplot.get_fignums()
     for figure in (
         score_figure(summary),
-        pareto_figure(pareto_fronts(CELLS)),
+        pareto_figure(pareto_fronts(CELLS), summary.methods),
         critical_difference_figure(summary.families[0]),
     ):
         page = io.BytesIO()
@@ -91,7 +91,7 @@ def test_nothing_to_draw_is_said_in_the_figure():
     summary = summarise(EMPTY)
     for figure in (
         score_figure(summary),
-        pareto_figure(pareto_fronts(EMPTY)),
+        pareto_figure(pareto_fronts(EMPTY), summary.methods),
         critical_difference_figure(summary.families[0]),
     ):
         assert " yet" in texts(figure)[0] or "no average ranks" in texts(figure)[0]
@@ -105,7 +105,7 @@ def test_names_are_no_markup():
     summary = summarise(cells)
     for figure in (
         score_figure(summary),
-        pareto_figure(pareto_fronts(cells)),
+        pareto_figure(pareto_fronts(cells), summary.methods),
         critical_difference_figure(summary.families[0]),
     ):
         figure.savefig(io.BytesIO(), format="png", dpi=40)

@@ -18,7 +18,7 @@ from dsfreeze.compare import rows
 from dsfreeze.compare.blocks import paired, scores_of
 from dsfreeze.compare.pairs import compare_pairs, holm, least_blocks
 from dsfreeze.compare.pareto import pareto_fronts
-from dsfreeze.compare.ranks import critical_difference, rank_methods
+from dsfreeze.compare.ranks import Missing, critical_difference, rank_methods
 from dsfreeze.compare.resampling import (
     LEVEL,
     NUM_FLIPS,
@@ -239,12 +239,22 @@ def test_a_planted_difference_is_found_and_no_other():
         assert pair.interval.low < pair.difference < pair.interval.high
         assert pair.p <= pair.holm <= 1
     assert "is better than method1 by" in pair_verdict(family.pairs[0], family)
-    assert "A difference found in 3 of 6 pairs (over 14 cases each; Holm, alpha 0.05)" in family_verdict(family)[1]
+    assert (
+        "A difference found in 3 of 6 pairs (over 14 cases each; Holm, alpha 0.05), no difference found in the rest."
+        in family_verdict(family)[1]
+    )
 
 
 def test_the_sign_says_who_is_better():
     worse = cells_of({"a": {"x": [60.0 + k / 9 for k in range(8)]}, "b": {"x": [70.0] * 8}})
-    assert pair_of(worse).outcome == "second"
+    family = summarise(worse).families[0]
+    pair = family.pairs[0]
+    assert pair.outcome == "second"
+    low, high = -pair.interval.high, -pair.interval.low
+    assert (
+        f"b is better than a by {-pair.difference:.2f} points [{low:+.2f}, {high:+.2f}; BCa 95%] over 8 runs"
+        in pair_verdict(pair, family)
+    )
 
 
 def test_no_difference_is_said_with_what_could_have_been_seen():
@@ -268,7 +278,7 @@ def test_no_difference_is_said_with_what_could_have_been_seen():
 def test_too_few_blocks_are_said_to_be_too_few():
     family = summarise(cells_of({"a": {"x": [50, 51, 52]}, "b": {"x": [90, 91, 92.5]}})).families[0]
     assert (family.unit, family.pairs[0].outcome, family.pairs[0].detectable) == ("run", "too few", None)
-    assert "over 3 runs, too few for any difference to be found (at alpha 0.05 1 pair need 6)" in pair_verdict(
+    assert "over 3 runs, too few for any difference to be found (with 1 pair at alpha 0.05 it takes 6)" in pair_verdict(
         family.pairs[0], family
     )
     assert "nor could one have been: 3 runs are too few" in family_verdict(family)[1]
@@ -338,16 +348,11 @@ def test_blocks_that_not_all_have_are_left_out_and_said():
     summary = summarise(cells)
     ranks = summary.families[0].ranks
     assert ranks.average == {"a": 1, "c": 2, "b": 3}
-    assert (ranks.num_blocks, ranks.absent, ranks.left_out, ranks.lacking, ranks.alone) == (
-        1,
-        ("d",),
-        1,
-        {"c": 1},
-        {"c": 1},
-    )
+    assert ranks.num_blocks == 1
+    assert ranks.missing == Missing(absent=("d",), num_blocks=1, lacking={"c": 1}, alone={"c": 1})
     told = family_verdict(summary.families[0])
     assert (
-        "Ranks leave out 1 run's block that not every method has: c lacks 1; without c there would be 1 more. None is filled in."
+        "Ranks leave out 1 block (model, task, size, seed) that not every method has: c lacks 1; without c there would be 1 more. None is filled in."
         in told
     )
     assert "Not ranked, for want of any score: d." in told
@@ -426,7 +431,7 @@ def test_rows_hold_the_summarys_numbers():
     columns, found = rows.rows_ranks(family)
     assert found[0][:2] == ["method0", 1.0]
     columns, found = rows.rows_fronts(pareto_fronts(cells))
-    assert found[0][-1] == "time of a run (s), peak memory (GiB), trainable parameters (M), work of a run (PFLOPs)"
+    assert found[0][-1] == "time, memory, parameters, FLOPs"
     assert all(len(row) == len(columns) for row in found)
     assert rows.rows_counts(summary)[1][0] == ["method0", 14, 0, 0, 0, 0]
 

@@ -2,7 +2,7 @@
 
 Each function gives a matplotlib Figure that belongs to its caller (nothing is registered with pyplot, so nothing need be closed):
 `figure.savefig(path)` writes PNG or SVG. Methods keep one colour and marker in all figures of a summary; the colours are seaborn's
-colour-blind ones, and no two methods share both.
+colour-blind ones, and no two of 60 methods share both.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MARKERS = "osD^vP*X<>dh"
+#: Costs whose largest is so many times the smallest are drawn on a logarithmic axis.
+_WIDE = 20
 #: Panels side by side.
 _COLUMNS = 4
 
@@ -37,7 +39,7 @@ def score_figure(summary: Summary) -> Figure:
     figure, axes = _panels(lines, columns, size, sharey=True)
     for axis, case in zip(axes, names, strict=False):
         _score_panel(axis, [s for s in summary.cases if s.case == case], summary.methods, styles)
-        axis.set_title(names[case], fontsize=10)
+        axis.set_title(_plain(names[case]), fontsize=10)
     for axis in axes[len(names) :]:
         axis.set_visible(False)
     for axis in axes[max(0, len(names) - columns) : len(names)]:
@@ -55,17 +57,18 @@ def _score_panel(axis: Any, scores: Sequence[CaseScore], methods: Sequence[str],
         if score.interval:
             axis.plot([score.interval.low, score.interval.high], [row, row], color=style["color"], linewidth=1.8)
         axis.plot(score.mean, row, markersize=6, linestyle="none", zorder=3, **style)
-    axis.set_yticks(range(len(methods)), methods)
+    axis.set_yticks(range(len(methods)), [_plain(method) for method in methods])
     axis.set_ylim(len(methods) - 0.5, -0.5)
     axis.margins(x=0.12)
 
 
-def pareto_figure(fronts: Sequence[Front]) -> Figure:
-    """Score against each cost, a line of panels for each model: every method a point, the front a staircase; only it is named in place."""
+def pareto_figure(fronts: Sequence[Front], methods: Sequence[str]) -> Figure:
+    """Score against each cost, a line of panels for each model: every method a point, the front a staircase; only its methods are named in
+    place. `methods`: the summary's, so that each has its style."""
     models = list(dict.fromkeys(front.model for front in fronts))
     if not any(front.points for front in fronts):
         return _empty("no case has a score and a cost of every method yet")
-    styles = styles_of(list(dict.fromkeys([p.method for f in fronts for p in f.points])))
+    styles = styles_of(methods)
     columns = len(fronts) // len(models)
     figure, axes = _panels(len(models), columns, (3.6 * columns + 0.4, 3.5 * len(models) + 1.1))
     for axis, front in zip(axes, fronts, strict=True):
@@ -86,31 +89,41 @@ def _pareto_panel(axis: Any, front: Front, styles: Mapping[str, Any]) -> None:
     edge = front.edge
     if edge:
         axis.step(
-            [p.cost for p in edge], [p.score for p in edge], where="post", color="0.4", linewidth=1.2, label="front"
+            [p.cost for p in edge],
+            [p.score for p in edge],
+            where="post",
+            color="0.4",
+            linewidth=1.2,
+            label="Pareto front",
         )
     for point in front.points:
         alpha, size = (1.0, 8) if point.on_front else (0.75, 6)
         axis.plot(
-            point.cost, point.score, linestyle="none", markersize=size, alpha=alpha, label=point.method, zorder=3,
+            point.cost, point.score, linestyle="none", markersize=size, alpha=alpha, label=_plain(point.method), zorder=3,
             **styles[point.method],
         )  # fmt: skip
+    costs = [point.cost for point in front.points]
+    if costs and 0 < _WIDE * min(costs) < max(costs):
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
     axis.margins(0.16)
     _name_points(axis, edge)
     axis.set_xlabel(front.cost.label)
     axis.set_ylabel("score (0 to 100)")
     axis.set_title(
-        f"{front.model}, {num_blocks(front.num_cases, 'case')} x {front.num_runs // max(1, front.num_cases)} seeds",
+        f"{_plain(front.model)}: {num_blocks(front.num_cases, 'case')}, {num_blocks(front.num_runs, 'run')} a method",
         fontsize=10,
     )
 
 
 def _name_points(axis: Any, edge: Sequence[Point]) -> None:
     """The front's methods beside their points, those left of the middle to the right and the others to the left."""
-    middle = sum(axis.get_xlim()) / 2
+    axis.autoscale_view()
     for point in edge:
-        left = point.cost <= middle
+        shown = axis.transData.transform((point.cost, point.score))
+        left = axis.transAxes.inverted().transform(shown)[0] <= 0.5
         axis.annotate(
-            point.method, (point.cost, point.score), xytext=(7 if left else -7, 5), textcoords="offset points",
+            _plain(point.method), (point.cost, point.score), xytext=(7 if left else -7, 5), textcoords="offset points",
             fontsize=8, ha="left" if left else "right",
         )  # fmt: skip
 
@@ -165,7 +178,12 @@ def _named_rank(axis: Any, method: str, rank: float, height: float, ends: tuple[
     side = low - 0.06 * (high - low) if left else high + 0.06 * (high - low)
     axis.plot([rank, rank, side], [0, height, height], color="0.45", linewidth=0.9)
     text = f"{method}  {rank:.2f}" if left else f"{rank:.2f}  {method}"
-    axis.text(side, height, f" {text} ", ha="right" if left else "left", va="center", fontsize=9)
+    axis.text(side, height, f" {_plain(text)} ", ha="right" if left else "left", va="center", fontsize=9)
+
+
+def _plain(name: str) -> str:
+    """A name as it stands: between dollar signs matplotlib would read a formula."""
+    return name.replace("$", r"\$")
 
 
 def styles_of(methods: Sequence[str]) -> dict[str, dict[str, Any]]:

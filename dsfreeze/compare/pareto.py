@@ -19,15 +19,16 @@ class Cost:
     """A number of a cell that is better low. `label`: what an axis says, with its unit; `scale`: what one of those units is."""
 
     key: str
+    name: str
     label: str
     scale: float
 
 
 COSTS = (
-    Cost("seconds", "time of a run (s)", 1),
-    Cost("peak_bytes", "peak memory (GiB)", 2**30),
-    Cost("trainable", "trainable parameters (M)", 1e6),
-    Cost("flops", "work of a run (PFLOPs)", 1e15),
+    Cost("seconds", "time", "time of a run (s)", 1),
+    Cost("peak_bytes", "memory", "peak memory (GiB)", 2**30),
+    Cost("trainable", "parameters", "trainable parameters (M)", 1e6),
+    Cost("flops", "FLOPs", "work of a run (PFLOPs)", 1e15),
 )
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dsfreeze.compare.blocks import Scores, Unit, common_blocks, mean, paired
+from dsfreeze.compare.blocks import Scores, Unit, mean, paired
 
 #: Up to so many blocks Friedman's p by the chi-square distribution is rough (scipy's documentation).
 FEW_BLOCKS = 10
@@ -22,23 +21,30 @@ class Friedman:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """What ranks are without. `absent`: methods without any score. `num_blocks`: blocks that some ranked method has and another lacks;
+    `lacking`: how many of them each lacks, `alone`: how many it is the only one to lack."""
+
+    absent: tuple[str, ...]
+    num_blocks: int
+    lacking: Mapping[str, int]
+    alone: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Ranks:
     """Over the `num_blocks` units that all `methods` have; best first, 1 is best, ties share their mean rank.
 
-    `scores`: each method's mean over the same units. `absent`: methods without any score, not ranked. `left_out`: runs' blocks that some ranked
-    method has and another lacks; `lacking`: how many of those each lacks; `alone`: how many it alone lacks. `friedman` is None for fewer than
-    three methods or one block, or where all tie everywhere; `critical_difference` (at the family's alpha) where there are no blocks.
-    `groups`: largest sets of methods no two of which differ by more than it.
+    `scores`: each method's mean over the same units. `friedman` is None for fewer than three methods or two units, or where all tie
+    everywhere; `critical_difference` (at the family's alpha) where there is nothing to rank. `groups`: largest sets of methods no two of which
+    differ by more than it.
     """
 
     methods: tuple[str, ...]
     average: Mapping[str, float]
     scores: Mapping[str, float]
     num_blocks: int
-    absent: tuple[str, ...]
-    left_out: int
-    lacking: Mapping[str, int]
-    alone: Mapping[str, int]
+    missing: Missing
     friedman: Friedman | None
     critical_difference: float | None
     groups: tuple[tuple[str, ...], ...]
@@ -48,8 +54,8 @@ def rank_methods(scores: Scores, unit: Unit, alpha: float) -> Ranks:
     """Of all methods that have any score."""
     present = [method for method, own in scores.items() if own]
     rows = paired(scores, present, unit) if present else []
-    ranked = _ranked(rows)
-    average = {method: mean(row[i] for row in ranked) for i, method in enumerate(present)} if ranked else {}
+    columns = dict(zip(present, zip(*_ranked(rows), strict=True), strict=True)) if rows else {}
+    average = {method: mean(column) for method, column in columns.items()}
     order = tuple(sorted(average, key=lambda method: average[method]))
     difference = critical_difference(len(order), len(rows), alpha) if len(order) > 1 else None
     return Ranks(
@@ -57,8 +63,7 @@ def rank_methods(scores: Scores, unit: Unit, alpha: float) -> Ranks:
         average={method: average[method] for method in order},
         scores={method: mean(row[present.index(method)] for row in rows) for method in order},
         num_blocks=len(rows),
-        absent=tuple(method for method, own in scores.items() if not own),
-        **_left_out(scores, present),
+        missing=_missing(scores, present),
         friedman=_friedman(rows),
         critical_difference=difference,
         groups=_groups(average, order, difference) if difference is not None else (),
@@ -90,9 +95,7 @@ def critical_difference(num_methods: int, num_blocks: int, alpha: float) -> floa
     return q * math.sqrt(num_methods * (num_methods + 1) / (6 * num_blocks))
 
 
-def _groups(
-    average: Mapping[str, float], order: Sequence[str], difference: float
-) -> tuple[tuple[str, ...], ...]:  # fmt: skip
+def _groups(average: Mapping[str, float], order: Sequence[str], difference: float) -> tuple[tuple[str, ...], ...]:
     """Runs of neighbours within the difference that no longer run holds; two methods at least."""
     groups: list[tuple[str, ...]] = []
     for start, method in enumerate(order):
@@ -102,13 +105,13 @@ def _groups(
     return tuple(groups)
 
 
-def _left_out(scores: Scores, present: Sequence[str]) -> dict[str, object]:
-    """Blocks that not all have, and who lacks them."""
+def _missing(scores: Scores, present: Sequence[str]) -> Missing:
     every = {block for method in present for block in scores[method]}
-    missing = every - set(common_blocks(scores, present)) if present else set()
-    who = [[method for method in present if block not in scores[method]] for block in missing]
-    return {
-        "left_out": len(missing),
-        "lacking": dict(Counter(method for methods in who for method in methods)),
-        "alone": dict(Counter(methods[0] for methods in who if len(methods) == 1)),
-    }
+    without = [[m for m in present if block not in scores[m]] for block in every]
+    without = [methods for methods in without if methods]
+    return Missing(
+        absent=tuple(method for method in scores if method not in present),
+        num_blocks=len(without),
+        lacking={m: number for m in present if (number := sum(m in methods for methods in without))},
+        alone={m: number for m in present if (number := without.count([m]))},
+    )

@@ -13,7 +13,7 @@ from dsfreeze.compare.blocks import Case
 from dsfreeze.compare.pareto import COSTS, Front
 from dsfreeze.compare.ranks import Ranks
 from dsfreeze.compare.statistics import CaseScore, Family, Summary
-from dsfreeze.compare.verdicts import figure, pair_verdict
+from dsfreeze.compare.verdicts import figure, pair_verdict, short_verdict
 
 Value = str | int | float | None
 Rows = tuple[list[str], list[list[Value]]]
@@ -51,7 +51,7 @@ def rows_pairs(family: Family) -> Rows:
     return columns, [
         [
             pair.first, pair.second, pair.num_blocks, pair.difference, *_ends(pair)[:2], pair.wins, pair.ties, pair.losses,
-            pair.p, pair.holm, pair.detectable, pair.outcome, pair_verdict(pair, family),
+            pair.p, pair.holm, pair.detectable, short_verdict(pair), pair_verdict(pair, family),
         ]
         for pair in ordered
     ]  # fmt: skip
@@ -63,7 +63,7 @@ def rows_ranks(family: Family) -> Rows:
     rows: list[list[Value]] = [
         [method, ranks.average[method], ranks.scores[method], letters[method]] for method in ranks.methods
     ]
-    rows += [[method, None, None, ""] for method in ranks.absent]
+    rows += [[method, None, None, ""] for method in ranks.missing.absent]
     return ["method", "average rank", "mean score", "group"], rows
 
 
@@ -78,7 +78,7 @@ def rows_fronts(fronts: Sequence[Front]) -> Rows:
         for method in dict.fromkeys(method for points in own.values() for method in points):
             found = {key: points[method] for key, points in own.items() if method in points}
             costs = [found[cost.key].cost if cost.key in found else None for cost in COSTS]
-            best = ", ".join(cost.label for cost in COSTS if cost.key in found and found[cost.key].on_front)
+            best = ", ".join(cost.name for cost in COSTS if cost.key in found and found[cost.key].on_front)
             rows.append([model, method, next(iter(found.values())).score, *costs, best])
     return columns, rows
 

@@ -58,10 +58,7 @@ def pairs_table(family: Family) -> Table:
 
 
 def fronts_table(fronts: Sequence[Front]) -> Table:
-    columns, values = rows.rows_fronts(fronts)
-    short = {label: label.partition(" (")[0] for label in columns}
-    texts = [[*row[:-1], ", ".join(short[label] for label in str(row[-1]).split(", ") if label)] for row in values]
-    table = _table("score against cost, means over the cases and seeds that all methods have", (columns, texts))
+    table = _table("score against cost, means over the cases and seeds that all methods have", rows.rows_fronts(fronts))
     return _captioned(table, ["on the front: no other method scores as high for as little, and better in one of them"])
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from dsfreeze.compare.blocks import Unit
 from dsfreeze.compare.pairs import Pair, least_blocks
-from dsfreeze.compare.ranks import FEW_BLOCKS, Ranks
+from dsfreeze.compare.ranks import FEW_BLOCKS, Missing
 from dsfreeze.compare.resampling import LEVEL, POWER
 from dsfreeze.compare.statistics import Family, Summary
 
@@ -28,12 +29,25 @@ def pair_verdict(pair: Pair, family: Family) -> str:
     if pair.difference is None:
         return f"Nothing to compare: {pair.first} and {pair.second} have no {family.unit} in common."
     if pair.outcome in ("first", "second"):
-        better, worse = (pair.first, pair.second) if pair.outcome == "first" else (pair.second, pair.first)
-        return f"{better} is better than {worse} by {abs(pair.difference):.2f} points{_ends(pair)} over {over} ({_chance(pair, family)})."
-    begin = f"No difference found between {pair.first} and {pair.second}: {pair.difference:+.2f} points{_ends(pair)} over {over}"
+        sign, better, worse = (1, pair.first, pair.second) if pair.outcome == "first" else (-1, pair.second, pair.first)
+        points = f"{sign * pair.difference:.2f} points{_ends(pair, sign)}"
+        return f"{better} is better than {worse} by {points} over {over} ({_chance(pair, family)})."
+    points = f"{pair.difference:+.2f} points{_ends(pair)}"
+    begin = f"No difference found between {pair.first} and {pair.second}: {points} over {over}"
     if pair.outcome == "too few":
         return f"{begin}, too few for any difference to be found ({_needed(family)})."
     return f"{begin} ({_chance(pair, family)}). {_seen(pair)}"
+
+
+def short_verdict(pair: Pair) -> str:
+    """Two or three words."""
+    words = {
+        "first": f"{pair.first} better",
+        "second": f"{pair.second} better",
+        "none": "no difference found",
+        "too few": "too few blocks",
+    }
+    return words[pair.outcome]
 
 
 def family_verdict(family: Family) -> list[str]:
@@ -42,27 +56,28 @@ def family_verdict(family: Family) -> list[str]:
 
 
 def _answer(family: Family) -> str:
-    number = len(family.pairs)
-    if not number:
+    if not family.pairs:
         return "Nothing to compare: fewer than two methods have a score."
-    blocks = [pair.num_blocks for pair in family.pairs]
-    over = num_blocks(max(blocks), family.unit)
-    if min(blocks) < max(blocks):
-        over = f"{min(blocks)} to {over}"
-    found = [pair for pair in family.pairs if pair.outcome in ("first", "second")]
+    outcomes = Counter(pair.outcome for pair in family.pairs)
+    pairs, found, few = _pairs(len(family.pairs)), outcomes["first"] + outcomes["second"], outcomes["too few"]
+    if few == len(family.pairs):
+        return f"No difference found in any of {pairs}, nor could one have been: {_over(family)} are too few ({_needed(family)})."
+    rule = f"over {_over(family)} each; Holm, alpha {family.alpha:g}"
+    more = f" In {few} of them none could have been: too few {family.unit}s ({_needed(family)})." if few else ""
     if found:
-        return f"A difference found in {len(found)} of {_pairs(number)} (over {over} each; {_rule(family)}); none in the rest."
-    if all(pair.outcome == "too few" for pair in family.pairs):
-        return f"No difference found in any of {_pairs(number)}, nor could one have been: {over} are too few ({_needed(family)})."
-    return (
-        f"No difference found in any of {_pairs(number)} (over {over} each; {_rule(family)}). {_seen_in(family.pairs)}"
-    )
+        return f"A difference found in {found} of {pairs} ({rule}), no difference found in the rest.{more}"
+    return f"No difference found in any of {pairs} ({rule}). {_seen_in(family.pairs)}{more}"
+
+
+def _over(family: Family) -> str:
+    """How many units the pairs have."""
+    low, high = (choose(pair.num_blocks for pair in family.pairs) for choose in (min, max))
+    return ("" if low == high else f"{low} to ") + num_blocks(high, family.unit)
 
 
 def rank_verdict(family: Family) -> list[str]:
     """Whether ranks differ, over which blocks, and what is not among them."""
-    ranks = family.ranks
-    return [*_friedman_verdict(family), *_left_out(ranks, family.unit)]
+    return [*_friedman_verdict(family), *_left_out(family.ranks.missing)]
 
 
 def _friedman_verdict(family: Family) -> list[str]:
@@ -85,21 +100,21 @@ def _friedman_verdict(family: Family) -> list[str]:
     ]
 
 
-def _left_out(ranks: Ranks, unit: Unit) -> list[str]:
+def _left_out(missing: Missing) -> list[str]:
     lines = []
-    if ranks.left_out:
+    if number := missing.num_blocks:
         lines.append(
-            f"Ranks leave out {num_blocks(ranks.left_out, 'run')}' block{'s' * (ranks.left_out > 1)} that not every method has: "
-            f"{_named(ranks.lacking, 'lacks')}{_regained(ranks.alone)}. None is filled in."
+            f"Ranks leave out {number} block{'s' * (number > 1)} (model, task, size, seed) that not every method has: "
+            f"{_named(missing.lacking)}{_regained(missing.alone)}. None is filled in."
         )
-    if ranks.absent:
-        lines.append(f"Not ranked, for want of any score: {', '.join(ranks.absent)}.")
+    if missing.absent:
+        lines.append(f"Not ranked, for want of any score: {', '.join(missing.absent)}.")
     return lines
 
 
-def _named(counts: Mapping[str, int], verb: str) -> str:
+def _named(counts: Mapping[str, int]) -> str:
     most = sorted(counts.items(), key=lambda item: -item[1])
-    named = ", ".join(f"{method} {verb} {number}" for method, number in most[:_MOST])
+    named = ", ".join(f"{method} lacks {number}" for method, number in most[:_MOST])
     return named + (f" and {len(most) - _MOST} more methods some" if len(most) > _MOST else "")
 
 
@@ -115,26 +130,22 @@ def lost_verdict(summary: Summary) -> list[str]:
     if not summary.lost:
         return []
     total = sum(sum(counts.values()) for counts in summary.counts.values())
-    kinds = _counted(lost.status if lost.status != "done" else "done without a score" for lost in summary.lost)
+    kinds = Counter(
+        lost.status if lost.status != "done" else "done without a score" for lost in summary.lost
+    ).most_common()
     by_status = ", ".join(f"{number} {status}" for status, number in kinds)
-    reasons = _counted(f"{lost.method}: {lost.reason}" for lost in summary.lost if lost.reason)
+    reasons = Counter(f"{lost.method}: {lost.reason}" for lost in summary.lost if lost.reason).most_common()
     lines = [f"{len(summary.lost)} of {total} cells have no score and are in no number here: {by_status}."]
     lines += [f"{text} ({number} cell{'s' * (number > 1)})" for text, number in reasons[:_MOST]]
     return lines + ([f"... and {len(reasons) - _MOST} more reasons"] if len(reasons) > _MOST else [])
 
 
-def _counted(texts: Iterable[str]) -> list[tuple[str, int]]:
-    """The commonest first."""
-    counts: dict[str, int] = {}
-    for text in texts:
-        counts[text] = counts.get(text, 0) + 1
-    return sorted(counts.items(), key=lambda item: -item[1])
-
-
-def _ends(pair: Pair) -> str:
+def _ends(pair: Pair, sign: int = 1) -> str:
+    """The interval in brackets, turned round for the second method's sake."""
     if pair.interval is None:
         return ""
-    return f" [{pair.interval.low:+.2f}, {pair.interval.high:+.2f}; {pair.interval.kind} {LEVEL:.0%}]"
+    low, high = sorted((sign * pair.interval.low, sign * pair.interval.high))
+    return f" [{low:+.2f}, {high:+.2f}; {pair.interval.kind} {LEVEL:.0%}]"
 
 
 def _chance(pair: Pair, family: Family) -> str:
@@ -156,12 +167,8 @@ def _seen_in(pairs: Iterable[Pair]) -> str:
     return f"Differences of {size} points would have been found with a chance of {POWER:.0%}."
 
 
-def _rule(family: Family) -> str:
-    return f"Holm, alpha {family.alpha:g}"
-
-
 def _needed(family: Family) -> str:
-    return f"at alpha {family.alpha:g} {_pairs(len(family.pairs))} need {least_blocks(len(family.pairs), family.alpha)}"
+    return f"with {_pairs(len(family.pairs))} at alpha {family.alpha:g} it takes {least_blocks(len(family.pairs), family.alpha)}"
 
 
 def _pairs(number: int) -> str:
