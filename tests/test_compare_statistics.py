@@ -278,10 +278,20 @@ def test_no_difference_is_said_with_what_could_have_been_seen():
 def test_too_few_blocks_are_said_to_be_too_few():
     family = summarise(cells_of({"a": {"x": [50, 51, 52]}, "b": {"x": [90, 91, 92.5]}})).families[0]
     assert (family.unit, family.pairs[0].outcome, family.pairs[0].detectable) == ("run", "too few", None)
-    assert "over 3 runs, too few for any difference to be found (with 1 pair at alpha 0.05 it takes 6)" in pair_verdict(
+    assert "over 3 runs, too few for any difference to be found (for 1 pair at alpha 0.05 it takes 6)" in pair_verdict(
         family.pairs[0], family
     )
     assert "nor could one have been: 3 runs are too few" in family_verdict(family)[1]
+
+
+def test_against_one_method_fewer_pairs_are_corrected_for():
+    """Oracle: Holm by hand over the two pairs that hold the method; ranks are the same."""
+    every, _, one, _ = summarise(random_cells(3, 8, 2, gain=1), against="method0").families
+    assert (every.against, one.against) == (None, "method0")
+    assert [(pair.first, pair.second) for pair in one.pairs] == [("method0", "method1"), ("method0", "method2")]
+    assert [pair.holm for pair in one.pairs] == holm([pair.p for pair in every.pairs[:2]])
+    assert one.ranks == every.ranks
+    assert "of 2 pairs with method0 (over 8 cases each" in family_verdict(one)[1]
 
 
 def test_equal_scores_are_no_difference():

@@ -48,9 +48,11 @@ class Pair:
         return self.num_blocks - self.wins - self.ties
 
 
-def compare_pairs(scores: Scores, methods: Sequence[str], unit: Unit, alpha: float, seed: int) -> list[Pair]:
-    """All pairs of the methods, in their order."""
-    names = list(combinations(methods, 2))
+def compare_pairs(
+    scores: Scores, methods: Sequence[str], unit: Unit, alpha: float, seed: int, against: str | None = None
+) -> list[Pair]:
+    """All pairs of the methods, in their order; or, asking fewer questions, each with one of them."""
+    names = [pair for pair in combinations(methods, 2) if against is None or against in pair]
     samples = [[a - b for a, b in paired(scores, pair, unit)] for pair in names]
     found = sign_flips(samples, seed)
     return [

@@ -33,7 +33,7 @@ def rows_cases(summary: Summary) -> Rows:
 
 
 def rows_scores(summary: Summary) -> Rows:
-    """A row for each method, a column for each case: mean ± deviation over seeds, in words already."""
+    """A row for each method, a column for each case: "mean ±deviation" over seeds."""
     names = case_names(s.case for s in summary.cases)
     by_place = {(s.method, s.case): s for s in summary.cases}
     rows: list[list[Value]] = [
@@ -139,7 +139,7 @@ def _size(case: Case) -> int | str:
 def _spread(score: CaseScore | None) -> str:
     if score is None:
         return "-"
-    return f"{score.mean:.1f}" + ("" if score.deviation is None else f" ± {score.deviation:.1f}")
+    return f"{score.mean:.1f}" + ("" if score.deviation is None else f" ±{score.deviation:.1f}")
 
 
 def _ends(of: object) -> list[Value]:

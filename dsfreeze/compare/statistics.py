@@ -45,10 +45,12 @@ class Lost:
 
 @dataclass(frozen=True)
 class Family:
-    """All pairs of the methods that have scores, tested together over one unit, and the methods' ranks over it."""
+    """Pairs of the methods that have scores, tested together over one unit, and the methods' ranks over it. `against`: the method that all
+    pairs hold; None for every pair there is."""
 
     unit: Unit
     alpha: float
+    against: str | None
     methods: tuple[str, ...]
     pairs: tuple[Pair, ...]
     ranks: Ranks
@@ -69,13 +71,15 @@ class Summary:
         return asdict(self)
 
 
-def summarise(cells: Cells, alpha: float = ALPHA, seed: int = SEED) -> Summary:
-    """Everything, from the cells of a results file (dsfreeze/compare/results.py has their keys)."""
+def summarise(cells: Cells, alpha: float = ALPHA, seed: int = SEED, against: str | None = None) -> Summary:
+    """Everything, from the cells of a results file. `against`: a method, chosen before the scores are seen, that every other is tested against
+    in families of their own, after those of all pairs: fewer questions, so smaller differences are found."""
     scores = scores_of(cells)
+    asked = [(unit, other) for other in dict.fromkeys((None, against)) for unit in _units(scores)]
     return Summary(
         methods=tuple(scores),
         cases=tuple(_case_scores(scores, seed)),
-        families=tuple(compare_methods(scores, unit, alpha, seed) for unit in _units(scores)),
+        families=tuple(compare_methods(scores, unit, alpha, seed, other) for unit, other in asked),
         counts={
             method: dict(sorted(Counter(c["status"] for c in cells.values() if c["method"] == method).items()))
             for method in scores
@@ -84,11 +88,13 @@ def summarise(cells: Cells, alpha: float = ALPHA, seed: int = SEED) -> Summary:
     )
 
 
-def compare_methods(scores: Scores, unit: Unit, alpha: float = ALPHA, seed: int = SEED) -> Family:
+def compare_methods(
+    scores: Scores, unit: Unit, alpha: float = ALPHA, seed: int = SEED, against: str | None = None
+) -> Family:
     """One family: every pair tested, and all ranked. To leave methods or tasks out, leave them out of the scores."""
     methods = tuple(method for method, own in scores.items() if own)
-    pairs = compare_pairs(scores, methods, unit, alpha, seed)
-    return Family(unit, alpha, methods, tuple(pairs), rank_methods(scores, unit, alpha))
+    pairs = compare_pairs(scores, methods, unit, alpha, seed, against)
+    return Family(unit, alpha, against, methods, tuple(pairs), rank_methods(scores, unit, alpha))
 
 
 def _units(scores: Scores) -> list[Unit]:

@@ -24,7 +24,7 @@ def comparison_tables(summary: Summary, fronts: Sequence[Front]) -> RenderableTy
     """All of them, one below the other."""
     parts: list[RenderableType] = [scores_table(summary)]
     for family in summary.families:
-        parts += [ranks_table(family), pairs_table(family)]
+        parts += [pairs_table(family)] if family.against else [ranks_table(family), pairs_table(family)]
     parts.append(fronts_table(fronts))
     return Group(*parts, *([lost_table(summary)] if summary.lost else []))
 

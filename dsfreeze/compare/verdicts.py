@@ -57,9 +57,12 @@ def family_verdict(family: Family) -> list[str]:
 
 def _answer(family: Family) -> str:
     if not family.pairs:
-        return "Nothing to compare: fewer than two methods have a score."
+        few = len(family.methods) < 2
+        return (
+            f"Nothing to compare: {'fewer than two methods have a score' if few else f'{family.against} has no score'}."
+        )
     outcomes = Counter(pair.outcome for pair in family.pairs)
-    pairs, found, few = _pairs(len(family.pairs)), outcomes["first"] + outcomes["second"], outcomes["too few"]
+    pairs, found, few = _pairs(family), outcomes["first"] + outcomes["second"], outcomes["too few"]
     if few == len(family.pairs):
         return f"No difference found in any of {pairs}, nor could one have been: {_over(family)} are too few ({_needed(family)})."
     rule = f"over {_over(family)} each; Holm, alpha {family.alpha:g}"
@@ -149,7 +152,7 @@ def _ends(pair: Pair, sign: int = 1) -> str:
 
 
 def _chance(pair: Pair, family: Family) -> str:
-    return f"p = {figure(pair.p)}, {figure(pair.holm)} after Holm over {_pairs(len(family.pairs))}"
+    return f"p = {figure(pair.p)}, {figure(pair.holm)} after Holm over {_pairs(family)}"
 
 
 def _seen(pair: Pair) -> str:
@@ -168,11 +171,12 @@ def _seen_in(pairs: Iterable[Pair]) -> str:
 
 
 def _needed(family: Family) -> str:
-    return f"with {_pairs(len(family.pairs))} at alpha {family.alpha:g} it takes {least_blocks(len(family.pairs), family.alpha)}"
+    return f"for {_pairs(family)} at alpha {family.alpha:g} it takes {least_blocks(len(family.pairs), family.alpha)}"
 
 
-def _pairs(number: int) -> str:
-    return f"{number} pair{'s' * (number > 1)}"
+def _pairs(family: Family) -> str:
+    number = len(family.pairs)
+    return f"{number} pair{'s' * (number > 1)}" + (f" with {family.against}" if family.against else "")
 
 
 def figure(p: float) -> str:
