@@ -31,7 +31,7 @@ class Case(NamedTuple):
 
 
 Block = tuple[Case, int]
-#: Of each method in the order of the grid: its score in each block where it has one.
+#: Of each method in the order of the grid: its score in each block where it has one, blocks in order.
 Scores = dict[str, dict[Block, float]]
 
 
@@ -56,8 +56,8 @@ def case_of(cell: Mapping[str, Any]) -> Case:
 
 def common_blocks(scores: Scores, methods: Iterable[str]) -> list[Block]:
     """The blocks that every one of the methods has, in order."""
-    shared = set.intersection(*(set(scores[method]) for method in methods))
-    return sorted(shared, key=_order)
+    first, *others = (scores[method] for method in methods)
+    return [block for block in first if all(block in other for other in others)]
 
 
 def paired(scores: Scores, methods: Sequence[str], unit: Unit) -> list[list[float]]:
@@ -72,8 +72,9 @@ def paired(scores: Scores, methods: Sequence[str], unit: Unit) -> list[list[floa
 
 
 def by_case(blocks: Iterable[Block]) -> dict[Case, list[Block]]:
+    """Blocks that are in order, case by case."""
     grouped: dict[Case, list[Block]] = {}
-    for block in sorted(blocks, key=_order):
+    for block in blocks:
         grouped.setdefault(block[0], []).append(block)
     return grouped
 
@@ -82,6 +83,12 @@ def mean(values: Iterable[float]) -> float:
     """Summed exactly, so that no order of the values matters."""
     known = list(values)
     return math.fsum(known) / len(known)
+
+
+def deviation(values: Sequence[float]) -> float:
+    """With n - 1, of two values or more."""
+    middle = mean(values)
+    return math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (len(values) - 1))
 
 
 def _order(block: Block) -> Any:

@@ -22,7 +22,7 @@ from dsfreeze.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MARKERS = "osD^vP*X<>dh"
+_MARKERS = "osD^vPX*<>dh"
 #: Costs whose largest is so many times the smallest are drawn on a logarithmic axis.
 _WIDE = 20
 #: Panels side by side.
@@ -30,12 +30,12 @@ _COLUMNS = 4
 
 
 def score_figure(summary: Summary) -> Figure:
-    """Scores by task: a panel for each case, a row for each method; the mean and its bootstrap interval, and each seed as a dot."""
+    """Scores by task: a panel for each case, a row for each method; the mean and its bootstrap interval, and below them a tick for each seed."""
     names = case_names(score.case for score in summary.cases)
     styles = styles_of(summary.methods)
     columns = min(_COLUMNS, max(1, len(names)))
     lines = max(1, math.ceil(len(names) / columns))
-    size = (2.2 + 2.6 * columns, 1.1 + lines * (0.9 + 0.24 * len(summary.methods)))
+    size = (max(6.5, 2.2 + 2.6 * columns), 1.1 + lines * (0.9 + 0.24 * len(summary.methods)))
     figure, axes = _panels(lines, columns, size, sharey=True)
     for axis, case in zip(axes, names, strict=False):
         _score_panel(axis, [s for s in summary.cases if s.case == case], summary.methods, styles)
@@ -46,14 +46,14 @@ def score_figure(summary: Summary) -> Figure:
         axis.set_xlabel("score (0 to 100)")
     if not names:
         return _empty("no cell has a score yet")
-    figure.suptitle(f"scores: mean over seeds, bar {LEVEL:.0%} bootstrap interval, dots the seeds", fontsize=11)
+    figure.suptitle(f"scores: mean over seeds, bar {LEVEL:.0%} bootstrap interval, ticks below the seeds", fontsize=11)
     return figure
 
 
 def _score_panel(axis: Any, scores: Sequence[CaseScore], methods: Sequence[str], styles: Mapping[str, Any]) -> None:
     for score in scores:
         row, style = methods.index(score.method), styles[score.method]
-        axis.plot(score.scores, [row] * len(score.scores), ".", color="0.55", markersize=4, zorder=1)
+        axis.plot(score.scores, [row + 0.3] * len(score.scores), "|", color="0.45", markersize=5)
         if score.interval:
             axis.plot([score.interval.low, score.interval.high], [row, row], color=style["color"], linewidth=1.8)
         axis.plot(score.mean, row, markersize=6, linestyle="none", zorder=3, **style)
@@ -70,9 +70,11 @@ def pareto_figure(fronts: Sequence[Front], methods: Sequence[str]) -> Figure:
         return _empty("no case has a score and a cost of every method yet")
     styles = styles_of(methods)
     columns = len(fronts) // len(models)
-    figure, axes = _panels(len(models), columns, (3.6 * columns + 0.4, 3.5 * len(models) + 1.1))
+    figure, axes = _panels(len(models), columns, (3.6 * columns + 0.4, 3.5 * len(models) + 1.1), sharey="row")
     for axis, front in zip(axes, fronts, strict=True):
         _pareto_panel(axis, front, styles)
+    for axis in axes[::columns]:
+        axis.set_ylabel("score (0 to 100)")
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(
         handles.values(),
@@ -82,6 +84,9 @@ def pareto_figure(fronts: Sequence[Front], methods: Sequence[str]) -> Figure:
         fontsize=9,
         frameon=False,
     )
+    figure.draw_without_rendering()  # the layout, which says where there is room for names
+    for axis, front in zip(axes, fronts, strict=True):
+        _name_points(axis, front.edge)
     return figure
 
 
@@ -97,7 +102,7 @@ def _pareto_panel(axis: Any, front: Front, styles: Mapping[str, Any]) -> None:
             label="Pareto front",
         )
     for point in front.points:
-        alpha, size = (1.0, 8) if point.on_front else (0.75, 6)
+        alpha, size = (1.0, 8) if point.on_front else (0.8, 6)
         axis.plot(
             point.cost, point.score, linestyle="none", markersize=size, alpha=alpha, label=_plain(point.method), zorder=3,
             **styles[point.method],
@@ -107,9 +112,7 @@ def _pareto_panel(axis: Any, front: Front, styles: Mapping[str, Any]) -> None:
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}")
     axis.margins(0.16)
-    _name_points(axis, edge)
     axis.set_xlabel(front.cost.label)
-    axis.set_ylabel("score (0 to 100)")
     axis.set_title(
         f"{_plain(front.model)}: {num_blocks(front.num_cases, 'case')}, {num_blocks(front.num_runs, 'run')} a method",
         fontsize=10,
@@ -117,15 +120,23 @@ def _pareto_panel(axis: Any, front: Front, styles: Mapping[str, Any]) -> None:
 
 
 def _name_points(axis: Any, edge: Sequence[Point]) -> None:
-    """The front's methods beside their points, those left of the middle to the right and the others to the left."""
-    axis.autoscale_view()
-    for point in edge:
-        shown = axis.transData.transform((point.cost, point.score))
-        left = axis.transAxes.inverted().transform(shown)[0] <= 0.5
-        axis.annotate(
-            _plain(point.method), (point.cost, point.score), xytext=(7 if left else -7, 5), textcoords="offset points",
-            fontsize=8, ha="left" if left else "right",
-        )  # fmt: skip
+    """The front's methods beside their points, the best first, each at the first of four places where it covers no other name, nor a point of the
+    front, and stays in the panel; where there is none the legend has to do."""
+    from matplotlib.transforms import Bbox
+
+    centres = [axis.transData.transform((point.cost, point.score)) for point in edge]
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in centres]
+    for point in reversed(edge):
+        for x, y in ((7, 5), (-7, 5), (7, -12), (-7, -12)):
+            name = axis.annotate(
+                _plain(point.method), (point.cost, point.score), xytext=(x, y), textcoords="offset points", fontsize=8,
+                ha="left" if x > 0 else "right", in_layout=False,
+            )  # fmt: skip
+            box = name.get_window_extent()
+            if axis.bbox.containsx(box.x0) and axis.bbox.containsx(box.x1) and not box.count_overlaps(taken):
+                taken.append(box)
+                break
+            name.remove()
 
 
 def critical_difference_figure(family: Family) -> Figure:
@@ -193,13 +204,16 @@ def styles_of(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
         method: {
             "color": palette[i % 10],
             "marker": _MARKERS[(i + i // 10) % len(_MARKERS)],
-            "markeredgecolor": "white",
+            "markeredgecolor": "0.2",
+            "markeredgewidth": 0.6,
         }
         for i, method in enumerate(methods)
     }
 
 
-def _panels(lines: int, columns: int, size: tuple[float, float], sharey: bool = False, style: str = "whitegrid") -> Any:
+def _panels(
+    lines: int, columns: int, size: tuple[float, float], sharey: bool | str = False, style: str = "whitegrid"
+) -> Any:
     seaborn = _seaborn()
     from matplotlib.figure import Figure
 

@@ -8,18 +8,17 @@ Wilcoxon test is not defined. Both need six blocks before any p can fall below 0
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
-from dsfreeze.compare.blocks import Scores, Unit, mean, paired
+from dsfreeze.compare.blocks import Scores, Unit, deviation, mean, paired
 from dsfreeze.compare.resampling import Interval, detectable_effect, intervals, least_p, sign_flips
 
 #: Chance of calling a difference where there is none, for all pairs of a family together.
 ALPHA = 0.05
-#: What a pair's test found. `too few`: no outcome of so many blocks could have been a difference.
+#: What a pair's test found. `too few`: the smallest p that so many blocks can give would be no difference, were it the smallest of the family.
 Outcome = Literal["first", "second", "none", "too few"]
 
 
@@ -75,7 +74,7 @@ def _pair(
         ties=sum(each == 0 for each in sample),
         p=p,
         holm=corrected,
-        detectable=effect * statistics.stdev(sample) if math.isfinite(effect) else None,
+        detectable=effect * deviation(sample) if math.isfinite(effect) else None,
         outcome=_outcome(difference, corrected, alpha, least_p(len(sample)) * num_pairs),
     )
 

@@ -14,10 +14,12 @@ FEW_BLOCKS = 10
 
 @dataclass(frozen=True)
 class Friedman:
-    """Do the methods' ranks differ at all? Corrected for ties; p by the chi-square distribution with k - 1 degrees of freedom."""
+    """Do the methods' ranks differ at all? Corrected for ties; p by the chi-square distribution with k - 1 degrees of freedom.
+    `least_p`: of methods that have the same order in all N blocks, where the statistic is N (k - 1)."""
 
     statistic: float
     p: float
+    least_p: float
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def rank_methods(scores: Scores, unit: Unit, alpha: float) -> Ranks:
 def _ranked(rows: Sequence[Sequence[float]]) -> list[list[float]]:
     if not rows:
         return []
-    from scipy.stats import rankdata
+    from scipy.stats import rankdata  # type: ignore[import-untyped]
 
     return [list(map(float, row)) for row in rankdata([[-score for score in row] for row in rows], axis=1)]
 
@@ -81,10 +83,10 @@ def _ranked(rows: Sequence[Sequence[float]]) -> list[list[float]]:
 def _friedman(rows: Sequence[Sequence[float]]) -> Friedman | None:
     if len(rows) < 2 or len(rows[0]) < 3 or all(len(set(row)) == 1 for row in rows):
         return None
-    from scipy.stats import friedmanchisquare
+    from scipy.stats import chi2, friedmanchisquare
 
-    found = friedmanchisquare(*zip(*rows, strict=True))
-    return Friedman(float(found.statistic), float(found.pvalue))
+    found, freedom = friedmanchisquare(*zip(*rows, strict=True)), len(rows[0]) - 1
+    return Friedman(float(found.statistic), float(found.pvalue), float(chi2.sf(len(rows) * freedom, freedom)))
 
 
 def critical_difference(num_methods: int, num_blocks: int, alpha: float) -> float:

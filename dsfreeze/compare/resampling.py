@@ -23,6 +23,7 @@ NUM_FLIPS = 2**14
 POWER = 0.8
 
 Result = TypeVar("Result")
+Kind = Literal["BCa", "percentile"]
 
 
 @dataclass(frozen=True)
@@ -31,40 +32,54 @@ class Interval:
 
     low: float
     high: float
-    kind: Literal["BCa", "percentile"]
+    kind: Kind
 
 
 def intervals(samples: Sequence[Sequence[float]], seed: int) -> list[Interval | None]:
     """Bootstrap intervals of the samples' means; None where a sample has fewer than two values or all are equal.
 
-    Of few values a bootstrap knows little: simulated on normal values, an interval of 95 % holds the mean in 73 % of cases for 3 values,
-    83 % for 5, 89 % for 10 (tests/test_compare_statistics.py has the first two).
+    Of few values a bootstrap knows little: simulated on normal values, an interval of 95 % holds the mean in 72 % of cases for 3 values,
+    84 % for 5, 90 % for 10 (tests/test_compare_statistics.py has the first two).
     """
     return _by_length(samples, lambda alike: _bootstrap(alike, seed))
 
 
 def _bootstrap(samples: Sequence[Sequence[float]], seed: int) -> list[Interval | None]:
     """Of samples of one length."""
-    import numpy as np
-    from scipy.stats import bootstrap
-
-    values = np.asarray(samples, dtype=float)
-    found: list[Interval | None] = [None] * len(values)
-    varied = [row for row, sample in enumerate(samples) if len(set(sample)) > 1]
-    for kind in ("BCa", "percentile"):
-        rows = [row for row in varied if found[row] is None]
-        if not rows:
-            break
-        with warnings.catch_warnings():  # where BCa is not defined it warns and gives NaN
-            warnings.simplefilter("ignore")
-            ends = bootstrap(
-                (values[rows],), np.mean, axis=-1, vectorized=True, n_resamples=NUM_RESAMPLES, batch=500, method=kind,
-                confidence_level=LEVEL, rng=np.random.default_rng(seed),
-            ).confidence_interval  # fmt: skip
-        for row, low, high in zip(rows, np.atleast_1d(ends.low), np.atleast_1d(ends.high), strict=True):
-            if np.isfinite([low, high]).all():
-                found[row] = Interval(float(low), float(high), kind)  # type: ignore[arg-type]
+    found: list[Interval | None] = [None] * len(samples)
+    kinds: tuple[Kind, ...] = ("BCa", "percentile")
+    for kind in kinds:
+        rows = [row for row, sample in enumerate(samples) if found[row] is None and len(set(sample)) > 1]
+        for row, (low, high) in zip(rows, _ends([samples[row] for row in rows], kind, seed), strict=True):
+            found[row] = Interval(low, high, kind) if math.isfinite(low) and math.isfinite(high) else None
     return found
+
+
+def _ends(samples: list[Sequence[float]], kind: Kind, seed: int) -> list[tuple[float, float]]:
+    """Low and high of each; NaN where not defined. The places of the values are resampled once for all samples, and a resample's mean is the
+    product of the values and how often each place was drawn, which takes a tenth of the time. Rounded to 1e-9: BCa counts the resamples whose mean
+    is the sample's own, and the last bits of a product depend on where in the matrix it stands."""
+    import numpy as np
+    from scipy.stats import bootstrap  # type: ignore[import-untyped]
+
+    if not samples:
+        return []
+    values = np.asarray(samples, dtype=float)
+    number = values.shape[1]
+
+    def means(places: Any, axis: int) -> Any:
+        drawn = np.atleast_2d(places)
+        cells = drawn + number * np.arange(len(drawn))[:, None]
+        counts = np.bincount(cells.ravel(), minlength=number * len(drawn)).reshape(len(drawn), number)
+        return (values @ counts.T / drawn.shape[1]).round(9).reshape(len(values), *places.shape[:-1])
+
+    with warnings.catch_warnings():  # where BCa is not defined it warns and gives NaN
+        warnings.simplefilter("ignore")
+        ends = bootstrap(
+            (np.arange(number),), means, axis=-1, vectorized=True, n_resamples=NUM_RESAMPLES, method=kind, confidence_level=LEVEL,
+            rng=np.random.default_rng(seed),
+        ).confidence_interval  # fmt: skip
+    return list(zip(map(float, ends.low), map(float, ends.high), strict=True))
 
 
 def sign_flips(samples: Sequence[Sequence[float]], seed: int) -> list[float]:
@@ -95,14 +110,14 @@ def _signs(number: int, seed: int) -> Any:
     if exact(number):
         bits = np.arange(2 ** max(0, number - 1))[:, None] >> np.arange(number)[None, ::-1] & 1
     else:
-        bits = np.random.default_rng(seed).integers(0, 2, (NUM_FLIPS, number))
+        bits = np.random.default_rng(seed).integers(0, 2, (NUM_FLIPS, number), dtype=np.int8)
         bits[0] = 0
     return 1.0 - 2.0 * bits
 
 
 def exact(number: int) -> bool:
     """Whether all sign flips of so many differences are counted."""
-    return 2**number <= NUM_FLIPS
+    return number <= math.log2(NUM_FLIPS)
 
 
 def least_p(number: int) -> float:
@@ -115,11 +130,12 @@ def detectable_effect(number: int, alpha: float) -> float:
     """The mean of so many normal differences, in their deviations, that is found at `alpha` with chance POWER; infinite where none is.
 
     The larger of two: the paired t-test's (noncentral t; the sign-flip test has the same power in large samples), and, where p reaches
-    alpha only when all signs agree, that of POWER for all signs to agree.
+    alpha only when all signs agree, that of POWER for all signs to agree. Where p reaches alpha in a few outcomes only it is a little too small:
+    simulated, the test finds it with a chance of 0.77 to 0.81 at 0.05, 0.66 at worst (14 differences at 0.05 / 190).
     """
     if least_p(number) > alpha or number < 2:
         return math.inf
-    from scipy.optimize import brentq
+    from scipy.optimize import brentq  # type: ignore[import-untyped]
     from scipy.stats import nct, norm, t
 
     edge, root = t.isf(alpha / 2, number - 1), math.sqrt(number)

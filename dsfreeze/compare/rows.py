@@ -105,7 +105,7 @@ def as_text(column: str, value: Value) -> str:
         return figure(value)
     if column == "difference":
         return f"{value:+.2f}"
-    return f"{value:.3g}" if column in {cost.label for cost in COSTS} and abs(value) < 100 else f"{value:,.2f}"
+    return f"{value:.3g}" if column in {cost.label for cost in COSTS} and abs(value) < 1000 else f"{value:,.2f}"
 
 
 def case_names(cases: Iterable[Case]) -> dict[Case, str]:

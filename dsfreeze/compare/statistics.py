@@ -5,13 +5,12 @@ The same cells give the same numbers to the last bit, in whatever order they com
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dsfreeze.compare.blocks import Case, Cells, Scores, Unit, by_case, has_score, mean, scores_of
+from dsfreeze.compare.blocks import Case, Cells, Scores, Unit, by_case, deviation, has_score, mean, scores_of
 from dsfreeze.compare.pairs import ALPHA, Pair, compare_pairs
 from dsfreeze.compare.ranks import Ranks, rank_methods
 from dsfreeze.compare.resampling import Interval, intervals
@@ -114,7 +113,7 @@ def _case_scores(scores: Scores, seed: int) -> list[CaseScore]:
     return [
         CaseScore(
             method, case, tuple(number for _, number in blocks), sample, mean(sample),
-            statistics.stdev(sample) if len(sample) > 1 else None, interval,
+            deviation(sample) if len(sample) > 1 else None, interval,
         )
         for (method, case, blocks), sample, interval in zip(groups, samples, intervals(samples, seed), strict=True)
     ]  # fmt: skip

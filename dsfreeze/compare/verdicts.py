@@ -51,22 +51,22 @@ def short_verdict(pair: Pair) -> str:
 
 
 def family_verdict(family: Family) -> list[str]:
-    """The question, the answer over all pairs, and the ranks."""
-    return [_ASKS[family.unit], _answer(family), *rank_verdict(family)]
+    """The question, the answer over all pairs, and for every pair there is the ranks."""
+    ranks = [] if family.against else rank_verdict(family)
+    return [_ASKS[family.unit], _answer(family), *ranks]
 
 
 def _answer(family: Family) -> str:
+    if len(family.methods) < 2:
+        return "Nothing to compare: fewer than two methods have a score."
     if not family.pairs:
-        few = len(family.methods) < 2
-        return (
-            f"Nothing to compare: {'fewer than two methods have a score' if few else f'{family.against} has no score'}."
-        )
+        return f"Nothing to compare: {family.against} has no score."
     outcomes = Counter(pair.outcome for pair in family.pairs)
     pairs, found, few = _pairs(family), outcomes["first"] + outcomes["second"], outcomes["too few"]
     if few == len(family.pairs):
         return f"No difference found in any of {pairs}, nor could one have been: {_over(family)} are too few ({_needed(family)})."
     rule = f"over {_over(family)} each; Holm, alpha {family.alpha:g}"
-    more = f" In {few} of them none could have been: too few {family.unit}s ({_needed(family)})." if few else ""
+    more = f" {few} of them have too few {family.unit}s to show one on their own ({_needed(family)})." if few else ""
     if found:
         return f"A difference found in {found} of {pairs} ({rule}), no difference found in the rest.{more}"
     return f"No difference found in any of {pairs} ({rule}). {_seen_in(family.pairs)}{more}"
@@ -95,6 +95,10 @@ def _friedman_verdict(family: Family) -> list[str]:
     test = ranks.friedman
     numbers = f"Friedman chi-square {test.statistic:.2f}, p = {figure(test.p)}, over {over}"
     rough = f"; p is rough below {FEW_BLOCKS + 1} {family.unit}s" if ranks.num_blocks <= FEW_BLOCKS else ""
+    if test.least_p > family.alpha:
+        return [
+            f"No difference found between the methods' average ranks, nor could one have been: too few {family.unit}s ({numbers})."
+        ]
     if test.p > family.alpha:
         return [f"No difference found between the methods' average ranks ({numbers}{rough})."]
     return [
@@ -158,7 +162,7 @@ def _chance(pair: Pair, family: Family) -> str:
 def _seen(pair: Pair) -> str:
     if not pair.detectable:
         return "The scores are the same everywhere." if not pair.difference else ""
-    return f"One of {pair.detectable:.2f} points would have been found with a chance of {POWER:.0%}."
+    return f"One of {pair.detectable:.2f} points would have been found with a chance of about {POWER:.0%}."
 
 
 def _seen_in(pairs: Iterable[Pair]) -> str:
@@ -167,7 +171,7 @@ def _seen_in(pairs: Iterable[Pair]) -> str:
         return "The scores are the same everywhere."
     low, high = min(sizes), max(sizes)
     size = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f} (by the pair)"
-    return f"Differences of {size} points would have been found with a chance of {POWER:.0%}."
+    return f"Differences of {size} points would have been found with a chance of about {POWER:.0%}."
 
 
 def _needed(family: Family) -> str:
@@ -181,4 +185,4 @@ def _pairs(family: Family) -> str:
 
 def figure(p: float) -> str:
     """A p as people write it."""
-    return f"{p:.2g}" if p >= 0.001 else f"{p:.0e}"
+    return f"{p:.2g}"
