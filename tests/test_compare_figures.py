@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import sys
 import xml.etree.ElementTree as ElementTree
 
@@ -51,6 +52,17 @@ def test_four_panels_with_units_a_staircase_and_every_method_in_the_legend():
         assert list(zip(stairs.get_xdata(), stairs.get_ydata(), strict=True)) == [(p.cost, p.score) for p in front.edge]
         assert {text.get_text() for text in axis.texts} == {point.method for point in front.edge}
     assert {text.get_text() for text in figure.legends[0].texts} == {"Pareto front", *(f"method{k}" for k in range(6))}
+
+
+def test_names_cover_neither_each_other_nor_the_front():
+    """Oracle: every pair of text boxes, and every point of a front that is crowded with 15 methods."""
+    cells = {key: {**value, "score": 50 + value["seconds"] / 9} for key, value in random_cells(15, 2, 1).items()}
+    fronts = pareto_fronts(cells)
+    axis = pareto_figure(fronts, summarise(cells).methods).axes[0]
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert 5 < len(boxes) <= len(fronts[0].edge) == 15
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert not any(box.contains(*axis.transData.transform((p.cost, p.score))) for box in boxes for p in fronts[0].edge)
 
 
 def test_a_panel_for_each_case_with_means_intervals_and_seeds():

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import re
 import statistics
 
 import numpy as np
@@ -292,6 +293,15 @@ def test_against_one_method_fewer_pairs_are_corrected_for():
     assert "of 2 pairs with method0 (over 8 cases each" in family_verdict(one)[1]
 
 
+def test_more_pairs_than_the_flips_can_tell_are_said_to_be():
+    """42 methods: 861 pairs / 2**14 is above 0.05 whatever the blocks."""
+    family = summarise(random_cells(42, 20, 1)).families[0]
+    assert {pair.outcome for pair in family.pairs} == {"too few"}
+    assert (
+        "for 861 pairs at alpha 0.05 16,384 sign flips show nothing: compare fewer methods" in family_verdict(family)[1]
+    )
+
+
 def test_equal_scores_are_no_difference():
     family = summarise(cells_of({"a": {"x": [50.0] * 8}, "b": {"x": [50.0] * 8}})).families[0]
     pair = family.pairs[0]
@@ -463,11 +473,12 @@ def test_tables_show_scores_verdicts_and_what_is_missing():
     )
     text = shown(summarise(cells), cells)
     for piece in (
-        "bit[fit]",
-        "no [bold]biases",
         "Average rank over 7 cases",
         "Pairs over runs",
         "Friedman chi-square",
         "Critical difference",
+        "bit[fit]: no [bold]biases",
     ):
         assert piece in text
+    assert re.search(r"impossible +no \[bold\]biases", text)
+    assert re.search(r"^ bit\[fit\] ", text, re.MULTILINE)

@@ -94,6 +94,6 @@ def holm(ps: Sequence[float]) -> list[float]:
     return corrected
 
 
-def least_blocks(num_pairs: int, alpha: float) -> int:
-    """The fewest blocks with which a p can reach `alpha` after Holm's correction over so many pairs."""
-    return next(number for number in range(1, 64) if least_p(number) * num_pairs <= alpha)
+def least_blocks(num_pairs: int, alpha: float) -> int | None:
+    """The fewest blocks with which a p can reach `alpha` after Holm's correction over so many pairs; None where the flips drawn are too few."""
+    return next((number for number in range(1, 64) if least_p(number) * num_pairs <= alpha), None)

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 #: Coverage that an interval aims at.
 LEVEL = 0.95
-#: Resamples of a bootstrap: the ends of an interval move by about 0.01 deviations from seed to seed.
+#: Resamples of a bootstrap: from one seed of theirs to the next an interval's ends move by 0.01 to 0.03 deviations of the sample.
 NUM_RESAMPLES = 4000
 #: Up to this many sign flips all are counted, above it as many are drawn.
 NUM_FLIPS = 2**14

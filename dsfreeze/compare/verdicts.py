@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dsfreeze.compare.blocks import Unit
 from dsfreeze.compare.pairs import Pair, least_blocks
 from dsfreeze.compare.ranks import FEW_BLOCKS, Missing
-from dsfreeze.compare.resampling import LEVEL, POWER
+from dsfreeze.compare.resampling import LEVEL, NUM_FLIPS, POWER
 from dsfreeze.compare.statistics import Family, Summary
 
 _ASKS = {
@@ -175,7 +175,13 @@ def _seen_in(pairs: Iterable[Pair]) -> str:
 
 
 def _needed(family: Family) -> str:
-    return f"for {_pairs(family)} at alpha {family.alpha:g} it takes {least_blocks(len(family.pairs), family.alpha)}"
+    least = least_blocks(len(family.pairs), family.alpha)
+    takes = (
+        f"it takes {least}"
+        if least
+        else f"{NUM_FLIPS:,} sign flips show nothing: compare fewer methods, or all against one"
+    )
+    return f"for {_pairs(family)} at alpha {family.alpha:g} {takes}"
 
 
 def _pairs(family: Family) -> str:
