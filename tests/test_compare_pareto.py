@@ -62,6 +62,7 @@ def test_who_lacks_a_cost_or_a_score_is_named_and_not_on_that_front():
         | cells_of({"b": {"x": [80.0]}}, flops=None)
         | cell("c", "x", 1, None, status="failed")
     )
+    cells |= cell("a", "y", 1, 70.0) | cell("b", "y", 1, 80.0)  # b has this cost here, and not on x
     fronts = {front.cost.key: front for front in pareto_fronts(cells)}
     assert fronts["flops"].left_out == ("b", "c")
     assert fronts["seconds"].left_out == ("c",)
@@ -74,6 +75,7 @@ def test_models_have_fronts_of_their_own():
     assert [(front.model, front.cost) for front in fronts] == [
         (model, cost) for model in ("small", "big") for cost in COSTS
     ]
+    assert [(front.points[0].score, front.points[0].cost) for front in fronts[::4]] == [(70, 60), (80, 600)]
     assert all(front.points[0].on_front for front in fronts)
 
 
