@@ -1,0 +1,323 @@
+"""Records gathered into plain rows: runs, comparisons, sequences, and what could not be read, each with its reason. No torch.
+
+A folder is searched for records and results files to any depth. What one file gets wrong does not cost the others: it is named in
+`refused`. A run that was stopped at any moment, half a file included, is a row in state "interrupted".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsfreeze.continual.results import FORMAT_VERSION as SEQUENCE_VERSION
+from dsfreeze.continual.results import RESULTS, summarise
+from dsfreeze.errors import UserError
+from dsfreeze.metrics import METRICS, score
+from dsfreeze.recipe_yaml import parse_yaml, read_file
+from dsfreeze.record import ENVIRONMENT, MODEL, PLAN, RECIPE, STEPS, SUMMARY, RecordData, read_record
+from dsfreeze.report.redact import redact, redacted
+
+DONE, INTERRUPTED = "done", "interrupted"
+#: Format of a comparison's results.
+COMPARISON_VERSION = 1
+#: Folders beside or below records that hold none: exported models, checkpoints, rendered tasks.
+_PASSED_OVER = (MODEL, "checkpoint-", "tasks", ".")
+#: Keys of an environment that are the run's, not its surroundings'.
+_OF_THE_RUN = ("format_version", "started")
+Number = float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as a row. A number that its record does not have is None.
+
+    score          of `metric` after training, 0 to 100, higher is better
+    seconds        the steps' wall time (evaluations and set-up apart); seconds_per_step their median
+    peak_bytes     of one rank's device (of the process on a CPU)
+    flops_ratio    FLOPs per token, full tuning's = 1
+    losses         (step, loss) of every step
+    """
+
+    name: str
+    state: str
+    reason: str = ""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    started: str = ""
+    steps: int | None = None
+    loss: Number = None
+    metric: str = ""
+    score: Number = None
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    seconds: Number = None
+    seconds_per_step: Number = None
+    peak_bytes: Number = None
+    trainable: Number = None
+    total: Number = None
+    flops_ratio: Number = None
+    losses: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Results:
+    """A results file: a comparison's (`cells`) or a sequence's (`runs` and `summary`)."""
+
+    name: str
+    state: Mapping[str, Any]
+
+
+@dataclass
+class Gathered:
+    """All that was found; `refused`: (file or folder, why it was not read)."""
+
+    runs: list[Run] = field(default_factory=list)
+    comparisons: list[Results] = field(default_factory=list)
+    sequences: list[Results] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+
+
+def gather(paths: Sequence[Path]) -> Gathered:
+    """Read what `paths` (runs, folders of them, results files) hold. UserError where a path is not there, or nothing can be read."""
+    gathered = Gathered()
+    found = list(dict.fromkeys(place for path in paths for place in _places(path, gathered.refused)))
+    above = _common([place if place.name != RESULTS else place.parent for place in found])
+    for place in found:
+        name = redact(os.path.relpath(place, above))
+        try:
+            if place.name == RESULTS:
+                _take_results(place, name, gathered)
+            else:
+                gathered.runs.append(read_run(place, name))
+        except UserError as error:
+            gathered.refused.append((name, str(error)))
+    gathered.refused = [(redact(name), redact(why)) for name, why in gathered.refused]
+    if not (gathered.runs or gathered.comparisons or gathered.sequences):
+        raise UserError(_nothing(paths, gathered.refused))
+    return gathered
+
+
+def _nothing(paths: Sequence[Path], refused: Sequence[tuple[str, str]]) -> str:
+    if refused:
+        return "Nothing could be read. " + " ".join(why for _, why in refused[:12])
+    return (
+        f"{', '.join(map(str, paths))}: no record of a run in there ({RECIPE} and {PLAN}), and no {RESULTS} of a comparison or a "
+        "sequence. Name what train.output_dir named, a folder of such folders, or a results file; `dsfreeze train` writes a record."
+    )
+
+
+def _common(folders: Sequence[Path]) -> Path:
+    """What all lie in; of one folder, what it lies in."""
+    parents = [folder.parent for folder in folders]
+    return Path(os.path.commonpath(parents)) if parents else Path()
+
+
+# -- where records are ---------------------------------------------------------------------------------------------
+
+
+def _places(path: Path, refused: list[tuple[str, str]]) -> Iterator[Path]:
+    """The records' folders and results files at and below a path."""
+    try:
+        whole = path.resolve()
+        if whole.is_dir():
+            yield from _walk(whole, refused)
+        elif not whole.exists():
+            raise UserError(f"There is no {path}. Name a run's folder, a folder of runs, or a {RESULTS}.")
+        elif whole.name == RESULTS:
+            yield whole
+        else:
+            raise UserError(f"{path} is a file that no report is made of. Name a run's folder, or a {RESULTS}.")
+    except (OSError, ValueError) as error:  # a name too long, one with a NUL, a loop of links
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"Cannot look at {str(path)!r:.200}: {error}.") from None
+
+
+def _walk(folder: Path, refused: list[tuple[str, str]]) -> Iterator[Path]:
+    def no_entry(error: OSError) -> None:
+        refused.append((str(error.filename), f"The folder cannot be read: {error.strerror}."))
+
+    for here, folders, files in os.walk(folder, onerror=no_entry):
+        if {RECIPE, PLAN, STEPS} & set(files):
+            yield Path(here)
+            folders.clear()
+            continue
+        if RESULTS in files:
+            yield Path(here, RESULTS)
+        folders[:] = sorted(name for name in folders if not name.startswith(_PASSED_OVER))
+
+
+# -- runs ----------------------------------------------------------------------------------------------------------
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """A record as a row; UserError when it is of another version or was damaged."""
+    try:
+        return _row(read_record(folder), name)
+    except UserError:
+        cut = _cut_short(folder)
+        if cut is None:
+            raise
+    return Run(name, INTERRUPTED, reason=cut, recipe=redacted(_recipe_of(folder)))
+
+
+def _cut_short(folder: Path) -> str | None:
+    """What a run that was stopped while it wrote has left half done; None where that is not what is wrong."""
+    for file in (RECIPE, PLAN):
+        if not (folder / file).is_file():
+            return f"stopped before {file} was written"
+    for file in (PLAN, ENVIRONMENT, SUMMARY):
+        try:
+            json.loads((folder / file).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (ValueError, RecursionError):
+            return f"{file} is half written"
+        except OSError:
+            return None
+    return None
+
+
+def _recipe_of(folder: Path) -> Mapping[str, Any]:
+    try:
+        return parse_yaml(read_file(folder / RECIPE, "recipe"), str(folder / RECIPE)).values
+    except UserError:
+        return {}
+
+
+def _row(data: RecordData, name: str) -> Run:
+    summary = data.summary or {}
+    seconds = [line for line in (number(step.get("seconds")) for step in data.steps) if line is not None]
+    peaks = [peak for peak in (number(step.get("memory_peak")) for step in data.steps) if peak is not None]
+    losses = [(step["step"], loss) for step in data.steps if (loss := number(step.get("loss"))) is not None]
+    metrics = _metrics(summary.get("metrics"))
+    metric, points = headline(data.recipe, metrics.get("after", {}))
+    done = data.steps[-1]["step"] if data.steps else 0
+    memory = summary.get("memory")
+    peak = number(memory.get("peak")) if isinstance(memory, Mapping) else None
+    return Run(
+        name,
+        DONE if data.summary is not None else INTERRUPTED,
+        reason="" if data.summary is not None else _stopped(data.recipe, done),
+        recipe=redacted(data.recipe),
+        environment=redacted({key: data.environment[key] for key in data.environment if key not in _OF_THE_RUN}),
+        started=redact(str(data.environment.get("started", ""))),
+        steps=done,
+        loss=losses[-1][1] if losses else None,
+        metric=metric,
+        score=points,
+        metrics=metrics,
+        seconds=math.fsum(seconds) if seconds else None,
+        seconds_per_step=number(summary.get("seconds_per_step")),
+        peak_bytes=peak if peak is not None else max(peaks, default=None),
+        trainable=number(summary.get("trainable")),
+        total=number(summary.get("total")),
+        flops_ratio=number(summary.get("flops_vs_full")),
+        losses=tuple(losses),
+    )
+
+
+def _stopped(recipe: Mapping[str, Any], done: int) -> str:
+    options = recipe.get("train")
+    planned = options.get("max_steps") if isinstance(options, Mapping) else None
+    of = f" of {planned}" if isinstance(planned, int) and planned > 0 else ""
+    return f"no {SUMMARY}; {done}{of} steps done"
+
+
+def number(value: Any) -> Number:
+    """A finite number, or None: what a record says is not trusted to be one."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:  # an int beyond every float
+        return None
+
+
+def _metrics(found: Any) -> dict[str, dict[str, float]]:
+    if not isinstance(found, Mapping):
+        return {}
+    return {
+        str(when): {str(key): known for key, value in values.items() if (known := number(value)) is not None}
+        for when, values in found.items()
+        if isinstance(values, Mapping)
+    }
+
+
+def headline(recipe: Mapping[str, Any], numbers: Mapping[str, float]) -> tuple[str, Number]:
+    """The metric that a run is judged by and its score: the first that the recipe names, or else the task's first, of those that
+    were measured."""
+    data = recipe.get("data")
+    named = data.get("metrics") if isinstance(data, Mapping) else None
+    for name in (*(named if isinstance(named, list) else ()), *METRICS):
+        if isinstance(name, str) and name in METRICS:
+            try:
+                return name, score(name, numbers)
+            except (KeyError, ZeroDivisionError):  # it was not measured
+                continue
+    return "", None
+
+
+# -- results -------------------------------------------------------------------------------------------------------
+
+
+def _take_results(path: Path, name: str, gathered: Gathered) -> None:
+    value: dict[str, Any] = redacted(_json(path))
+    if "cells" in value:
+        _require_version(path, value, COMPARISON_VERSION)
+        _check(path, lambda: _check_cells(value["cells"]))
+        gathered.comparisons.append(Results(os.path.dirname(name) or name, value))
+    elif "sequence" in value:
+        _require_version(path, value, SEQUENCE_VERSION)
+        _check(path, lambda: _check_sequence(value))
+        gathered.sequences.append(Results(os.path.dirname(name) or name, {**value, "summary": summarise(value)}))
+    else:
+        raise UserError(f"{path} holds results of neither a comparison nor a sequence.")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object.")
+    return value
+
+
+def _require_version(path: Path, value: Mapping[str, Any], version: int) -> None:
+    if value.get("format_version") != version:
+        raise UserError(
+            f"{path} has results of format {value.get('format_version')!r}, and this dsfreeze reads format {version}: use the version "
+            "that wrote it, or upgrade."
+        )
+
+
+def _check(path: Path, attempt: Callable[[], object]) -> None:
+    """UserError where reading the values in the shape they should have fails."""
+    try:
+        attempt()
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError) as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__} {error}.") from None
+
+
+def _check_cells(cells: Any) -> None:
+    for key, cell in cells.items():
+        if not isinstance(cell, Mapping):
+            raise TypeError(f"cell {key} is no object")
+        for name in ("model", "task", "method", "status"):
+            if not isinstance(cell[name], str):
+                raise TypeError(f"cell {key} has no {name}")
+
+
+def _check_sequence(state: Mapping[str, Any]) -> None:
+    """Everything that the page reads of it is where it should be."""
+    if not all(isinstance(name, str) for name in (*state["sequence"], *state["probes"], state["spec"]["bwt"])):
+        raise TypeError("a name is no text")
+    for run in state["runs"].values():
+        _ = run["label"] + run["method"], run["alpha"], [row["task"] + "" for row in run["rounds"]]
+    summarise(state)
