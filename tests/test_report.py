@@ -219,12 +219,12 @@ def test_a_figure_of_many_is_cut_and_says_so(tmp_path: Path) -> None:
     curves = figures.loss_curves(many)
     assert curves is not None
     left = f"{len(many) - figures.MOST_LINES} more setups are left out here; the table has all."
-    assert curves.description.endswith(left)
+    assert curves.note == left
     assert curves.svg.count("<svg") == 1
     assert sum(f">{setup.label}<" in curves.svg for setup in many) == figures.MOST_LINES
     drawn = figures.bars("Score", "points", [(setup.label, setup.values("score")) for setup in many])
     assert drawn is not None
-    assert drawn.description.endswith("4 more bars are left out here; the table has all.")
+    assert drawn.note == "4 more bars are left out here; the table has all."
     assert sum(f">{setup.label}<" in drawn.svg for setup in many) == figures.MOST_BARS
 
 

@@ -82,8 +82,9 @@ def measured(page: Path, tmp_path: Path, size: tuple[int, int], *words: str) -> 
     shell = tmp_path / "frame.html"
     shell.write_text(
         f"<body style='margin:0'><iframe src='probed.html' style='border:0' width={size[0]} height={size[1]}></iframe><script>"
-        "setInterval(() => { const body = document.querySelector('iframe').contentDocument.body;"
-        "if (body.textContent.startsWith('TOLD')) document.body.textContent = body.textContent }, 50)</script>"
+        "const wait = setInterval(() => { const body = document.querySelector('iframe').contentDocument.body;"
+        "if (body?.textContent.startsWith('TOLD')) { clearInterval(wait); document.body.textContent = body.textContent } }, 50)"
+        "</script>"
     )
     words = ("--allow-file-access-from-files", "--virtual-time-budget=8000", *words, "--dump-dom")
     done = browse(tmp_path, *words, shell.as_uri())

@@ -26,7 +26,8 @@ def test_a_run_is_a_row_of_its_records_numbers(tmp_path: Path) -> None:
 def test_runs_are_found_at_any_depth_once_and_named_by_what_tells_them_apart(tmp_path: Path) -> None:
     run_of(tmp_path / "a" / "x")
     run_of(tmp_path / "b" / "deep" / "y")
-    run_of(tmp_path / "b" / "model" / "no")  # what an exported model's folder holds is no record
+    run_of(tmp_path / "a" / "x" / "model" / "inside")  # what lies in a record belongs to it
+    run_of(tmp_path / ".trash" / "z")
     gathered = gather([tmp_path, tmp_path / "a", tmp_path / "a" / "x"])
     assert [run.name for run in gathered.runs] == ["a/x", "b/deep/y"]
 

@@ -181,7 +181,7 @@ def _sequence_figure(state: Mapping[str, Any]) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as folder, figures.inline_style("Learnt against retained"):
         path = Path(folder, "figure.svg")
         if draw_figure(state, path) == "":
-            figure = figures.adapted(path.read_text(encoding="utf-8"), "Learnt against retained", told)
+            figure = figures.adapted(path.read_text(encoding="utf-8"), "Learnt against retained", told, told)
             yield replace(figure, wide=True)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from io import StringIO
 from typing import Any
@@ -18,12 +18,13 @@ from dsfreeze.plotting import EXTRA
 from dsfreeze.report.sections import Figure
 from dsfreeze.report.setups import Setup, spread
 
-MOST_LINES, MOST_BARS, MOST_POINTS = 8, 16, 120
+MOST_LINES, MOST_BARS, MOST_POINTS = 8, 16, 50
 #: Of a label as much as fits beside a bar; tables have it whole.
 _LABEL = 30
 _WIDTH = 4.4  # inches, which a phone shows at nearly their own size
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+_REFERENCES = re.compile(r'(?:url\(#|href="#| id=")[^)"]+')
 #: seaborn's ink and background, and what a page has for them.
 _INK = {
     "#262626": "currentColor", "#000000": "currentColor", "#333333": "currentColor", "#cccccc": "var(--rule)", "#b0b0b0": "var(--rule)",
@@ -67,10 +68,11 @@ def loss_curves(setups: Sequence[Setup]) -> Figure | None:
         axis.set_xlabel("step")
         axis.set_ylabel("training loss")
         figure.legend(loc="outside lower left", ncols=1, fontsize=7.5, frameon=False, handlelength=3)
-    each = f"each point the mean of {width} steps; " if width > 1 else ""
-    band = "bands from the least to the greatest of a setup's runs; " if any(len(s.runs) > 1 for s in drawn) else ""
-    text = "; ".join(f"{setup.label}: {_ends(setup)}" for setup in drawn)
-    return inline_svg(figure, "Training loss", f"Training loss by step, {each}{band}{text}.{left_out}")
+    told = [f"Each point is the mean of {width} steps."] if width > 1 else []
+    if any(len(setup.runs) > 1 for setup in drawn):
+        told.append("Lines are means of a setup's runs, bands go from the least to the greatest.")
+    ends = "; ".join(f"{setup.label}: {_ends(setup)}" for setup in drawn)
+    return inline_svg(figure, "Training loss", f"Training loss by step. {ends}.", " ".join([*told, *left_out]))
 
 
 def bars(title: str, unit: str, setups: Sequence[tuple[str, Sequence[float]]], *, scale: float = 1.0) -> Figure | None:
@@ -92,14 +94,15 @@ def bars(title: str, unit: str, setups: Sequence[tuple[str, Sequence[float]]], *
         seaborn.barplot(points, x="x", y="y", order=names, orient="y", errorbar="sd", color=seaborn.husl_palette(1, h=0.66, l=0.55)[0],
                         saturation=1, width=0.62, err_kws={"linewidth": 1.1, "color": "#333333"}, ax=axis)  # fmt: skip
         if len(points["x"]) > len(drawn):
-            seaborn.stripplot(points, x="x", y="y", order=names, orient="y", color="#333333", size=2.4, alpha=0.6, ax=axis)  # fmt: skip
+            seaborn.stripplot(points, x="x", y="y", order=names, orient="y", color="#333333", size=2.4, alpha=0.6, jitter=False, ax=axis)  # fmt: skip
         axis.set_yticks(range(len(names)), [name.partition("\0")[2] for name in names])
         axis.set_xlabel(unit)
         axis.set_ylabel("")
         axis.grid(visible=False, axis="y")
     told = "; ".join(f"{label}: {_mean_text(values)}" for label, values in drawn)
-    left_out = _left_out(len(having) - len(drawn), "bars")
-    return inline_svg(figure, title, f"{title}, {unit}. {told}.{left_out}")
+    several = ["Points are single runs, lines their deviation."] if len(points["x"]) > len(drawn) else []
+    note = " ".join([*several, *_left_out(len(having) - len(drawn), "bars")])
+    return inline_svg(figure, title, f"{title}, {unit}. {told}.", note)
 
 
 def leading(setups: Sequence[Setup], most: int) -> list[Setup]:
@@ -112,13 +115,13 @@ def leading(setups: Sequence[Setup], most: int) -> list[Setup]:
     return [setup for setup in setups if id(setup) in kept]
 
 
-def _most(setups: Sequence[Setup], most: int) -> tuple[list[Setup], str]:
+def _most(setups: Sequence[Setup], most: int) -> tuple[list[Setup], list[str]]:
     kept = leading(setups, most)
     return kept, _left_out(len(setups) - len(kept), "setups")
 
 
-def _left_out(number: int, what: str) -> str:
-    return f" {number} more {what} are left out here; the table has all." if number else ""
+def _left_out(number: int, what: str) -> list[str]:
+    return [f"{number} more {what} are left out here; the table has all."] if number else []
 
 
 def _mean_text(values: Sequence[float]) -> str:
@@ -179,7 +182,7 @@ def _style(seaborn: Any) -> Any:
 # -- SVG that a page can take ---------------------------------------------------------------------------------------
 
 
-def inline_svg(figure: Any, title: str, description: str) -> Figure:
+def inline_svg(figure: Any, title: str, description: str, note: str = "") -> Figure:
     """A matplotlib figure as SVG inside a page, and closes it: text stays text, ink becomes the page's colour, the background falls
     away, title and description are there for screen readers, ids are the figure's own."""
     from matplotlib import pyplot
@@ -188,7 +191,7 @@ def inline_svg(figure: Any, title: str, description: str) -> Figure:
     with inline_style(title):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     pyplot.close(figure)
-    return adapted(text.getvalue(), title, description)
+    return adapted(text.getvalue(), title, description, note)
 
 
 def inline_style(salt: str) -> AbstractContextManager[None]:
@@ -198,18 +201,22 @@ def inline_style(salt: str) -> AbstractContextManager[None]:
     return matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt})
 
 
-def adapted(drawing: str, title: str, description: str) -> Figure:
+def adapted(drawing: str, title: str, description: str, note: str = "") -> Figure:
     """The same for SVG that matplotlib has written."""
-    own = "f" + hashlib.sha256((title + description + drawing).encode("utf-8", "surrogatepass")).hexdigest()[:8]
     root = ET.fromstring(drawing)
     for element in root.findall(f"{{{_SVG}}}metadata"):
         root.remove(element)
+    # matplotlib makes some ids of addresses in memory: they are numbered in their order instead
+    words = "\n".join((title, description, _REFERENCES.sub("", ET.tostring(root, encoding="unicode"))))
+    own = "figure-" + hashlib.sha256(words.encode()).hexdigest()[:8]
+    ids = {
+        name: f"{own}-{n}" for n, name in enumerate(dict.fromkeys(re.findall(r'(?:url\(#|href="#)([^)"]+)', drawing)))
+    }
     for defs in root.iter(f"{{{_SVG}}}defs"):
         for style in defs.findall(f"{{{_SVG}}}style"):
             defs.remove(style)  # it would hold for the whole page
-    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', drawing))
     for element in root.iter():
-        _adapt(element, own, used)
+        _adapt(element, ids)
     root.attrib = {
         "viewBox": root.attrib["viewBox"], "role": "img", "aria-labelledby": f"{own}-title {own}-description",
         "style": "stroke-linejoin: round; stroke-linecap: butt",
@@ -220,17 +227,18 @@ def adapted(drawing: str, title: str, description: str) -> Figure:
         root.insert(position, told)
     ET.register_namespace("", _SVG)
     ET.register_namespace("xlink", _XLINK)
-    return Figure(title, ET.tostring(root, encoding="unicode"), description)
+    return Figure(title, ET.tostring(root, encoding="unicode"), description, note)
 
 
-def _adapt(element: ET.Element, own: str, used: set[str]) -> None:
-    if (name := element.attrib.pop("id", None)) in used:
-        element.set("id", f"{own}-{name}")
+def _adapt(element: ET.Element, ids: Mapping[str, str]) -> None:
+    if (name := element.attrib.pop("id", None)) in ids:
+        element.set("id", ids[str(name)])
     for key, value in list(element.attrib.items()):
         if key.endswith("href"):
-            element.set(key, value.replace("#", f"#{own}-", 1))
+            element.set(key, "#" + ids[value.removeprefix("#")])
         elif key in ("style", "fill", "stroke", "clip-path"):
-            element.set(key, "".join(_recoloured(value.replace("url(#", f"url(#{own}-"), element.tag)))
+            linked = re.sub(r"url\(#([^)]+)\)", lambda found: f"url(#{ids[found[1]]})", value)
+            element.set(key, "".join(_recoloured(linked, element.tag)))
 
 
 def _recoloured(style: str, tag: str) -> Iterator[str]:

@@ -19,14 +19,12 @@ from dsfreeze.continual.results import RESULTS, summarise
 from dsfreeze.errors import UserError
 from dsfreeze.metrics import METRICS, score
 from dsfreeze.recipe_yaml import parse_yaml, read_file
-from dsfreeze.record import ENVIRONMENT, MODEL, PLAN, RECIPE, STEPS, SUMMARY, RecordData, read_record
+from dsfreeze.record import ENVIRONMENT, PLAN, RECIPE, STEPS, SUMMARY, RecordData, read_record
 from dsfreeze.report.redact import redact, redacted
 
 DONE, INTERRUPTED = "done", "interrupted"
 #: Format of a comparison's results.
 COMPARISON_VERSION = 1
-#: Folders beside or below records that hold none: exported models, checkpoints, rendered tasks.
-_PASSED_OVER = (MODEL, "checkpoint-", "tasks", ".")
 #: Keys of an environment that are the run's, not its surroundings'.
 _OF_THE_RUN = ("format_version", "started")
 Number = float | None
@@ -144,11 +142,11 @@ def _walk(folder: Path, refused: list[tuple[str, str]]) -> Iterator[Path]:
     for here, folders, files in os.walk(folder, onerror=no_entry):
         if {RECIPE, PLAN, STEPS} & set(files):
             yield Path(here)
-            folders.clear()
+            folders.clear()  # its checkpoints and its model
             continue
         if RESULTS in files:
             yield Path(here, RESULTS)
-        folders[:] = sorted(name for name in folders if not name.startswith(_PASSED_OVER))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------
@@ -194,7 +192,7 @@ def _row(data: RecordData, name: str) -> Run:
     seconds = [line for line in (number(step.get("seconds")) for step in data.steps) if line is not None]
     peaks = [peak for peak in (number(step.get("memory_peak")) for step in data.steps) if peak is not None]
     losses = [(step["step"], loss) for step in data.steps if (loss := number(step.get("loss"))) is not None]
-    metrics = _metrics(summary.get("metrics"))
+    metrics = _metrics(redacted(summary.get("metrics")))
     metric, points = headline(data.recipe, metrics.get("after", {}))
     done = data.steps[-1]["step"] if data.steps else 0
     memory = summary.get("memory")

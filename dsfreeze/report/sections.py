@@ -25,11 +25,12 @@ class Table:
 @dataclass(frozen=True)
 class Figure:
     """`svg` is inline SVG of `figures.inline_svg`, and nothing else: it is the one text that a page takes as it is. `description` says in
-    words what the picture shows; `wide` ones take the page's whole width."""
+    words what the picture shows, for those who do not see it; `note` stands below it. `wide` ones take the page's whole width."""
 
     title: str
     svg: str
     description: str
+    note: str = ""
     wide: bool = False
 
 

@@ -62,9 +62,9 @@ def strategy_of(run: Run) -> str:
 
 
 def natural(text: str) -> list[tuple[float, str]]:
-    """A key that sorts run-2 before run-10."""
-    parts = re.split(r"(\d{1,12})", text)
-    return [(int(part), "") if part.isdecimal() and part.isascii() else (math.inf, part) for part in parts]
+    """A key that sorts run-2 before run-10, and 0.25 before 0.5."""
+    parts = re.split(r"([0-9]{1,12}(?:\.[0-9]{1,12})?)", text)
+    return [(float(part), "") if index % 2 else (math.inf, part) for index, part in enumerate(parts)]
 
 
 def flatten(value: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
@@ -94,14 +94,16 @@ def _label(varied: Mapping[str, Any]) -> str:
 
 
 def _shown(key: str, value: Any) -> str:
-    """Short: of a path its end, of a strategy and a task the name alone."""
+    """Short: of a path its end (of rte/train.jsonl.gz, rte), of a strategy and a task the name alone."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     if key in ("freeze.strategy", "task"):
         return text
     if key == "model.name":
         return text.rstrip("/").rpartition("/")[2] or text
-    if key.startswith("data."):
-        return "/".join(text.rstrip("/").split("/")[-2:])
+    if key == "data.train":
+        *above, file = text.rstrip("/").split("/")[-2:]
+        stem = file.partition(".")[0] or file
+        return "/".join(above if above and stem == "train" else [*above, stem])
     return f"{key.rpartition('.')[2]}={text}"
 
 
