@@ -121,7 +121,7 @@ class Outline(HTMLParser):
     def handle_data(self, data: str) -> None:
         where = self._open[-1] if self._open else ""
         self.texts.append((where, data))
-        if where == "caption":
+        if "caption" in self._open:
             self.tables[data] = self._rows
         elif where in ("td", "th"):
             self._rows[-1][-1] += data

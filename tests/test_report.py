@@ -345,7 +345,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert cli.run(["report", "runs", "-o", "r.csv"]) == 0
     told = " ".join(capsys.readouterr().err.split())
     assert "not read: old: " in told
-    assert "wrote r.csv: 4 runs, 1 comparisons, 1 sequences, 1 of the runs interrupted" in told
+    assert "wrote r.csv: 4 runs, 1 comparison, 1 sequence, 1 of the runs interrupted" in told
     assert cli.run(["report", "runs/full", "runs/killed", "-o", "new/r.md", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["runs"], told["interrupted"], told["not_read"]) == (2, ["killed"], [])

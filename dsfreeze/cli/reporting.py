@@ -28,6 +28,7 @@ def report(
     if not is_leader():
         return 0  # one process's work
     from dsfreeze.report import write_report
+    from dsfreeze.report.sections import counted
 
     told = write_report(paths, output, title)
     if as_json:
@@ -37,7 +38,7 @@ def report(
         say(f"[yellow]not read:[/] {escape(each['name'])}: {escape(each['reason'])}")
     if told["no_figures"]:
         say(f"[yellow]no figures:[/] {escape(told['no_figures'])}")
-    counts = [f"{told[what]} {what}" for what in ("runs", "comparisons", "sequences") if told[what]]
+    counts = [counted(told[f"{what}s"], what) for what in ("run", "comparison", "sequence") if told[f"{what}s"]]
     if told["interrupted"]:
         counts.append(f"{len(told['interrupted'])} of the runs interrupted")
     say(f"wrote {escape(str(output))}: {', '.join(counts)}")

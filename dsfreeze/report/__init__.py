@@ -21,7 +21,7 @@ from dsfreeze.report.html import to_html
 from dsfreeze.report.reading import Gathered, gather
 from dsfreeze.report.redact import redact
 from dsfreeze.report.runs import counts_of, run_records, run_sections
-from dsfreeze.report.sections import Page, Section, Table
+from dsfreeze.report.sections import Page, Section, Table, counted
 from dsfreeze.report.text import to_csv, to_markdown
 
 #: How a page is written, by the file's suffix.
@@ -57,15 +57,13 @@ def make_page(gathered: Gathered, title: str, *, with_figures: bool) -> Page:
     sections: list[Section] = []
     told = [counts_of(gathered.runs)] if gathered.runs else []
     if gathered.refused:
-        told.append(f"{len(gathered.refused)} records were not read; the first section names them.")
+        told.append(f"Not read: {counted(len(gathered.refused), 'record')}, named in the first section.")
         sections.append(Section("Not read", tables=[Table("What was not read", ("record", "why"), gathered.refused)]))
     sections += [comparison_section(each, with_figures=with_figures) for each in gathered.comparisons]
     sections += [sequence_section(each, with_figures=with_figures) for each in gathered.sequences]
     sections += run_sections(gathered, with_figures=with_figures)
-    rows = [
-        *(row for each in gathered.comparisons for row in cell_records(each)),
-        *(row for each in gathered.sequences for row in sequence_records(each)),
-        *run_records(gathered.runs),
-        *({"kind": "not read", "name": name, "reason": why} for name, why in gathered.refused),
-    ]
+    rows = [row for each in gathered.comparisons for row in cell_records(each)]
+    rows += [row for each in gathered.sequences for row in sequence_records(each)]
+    rows += run_records(gathered.runs)
+    rows += [{"kind": "not read", "name": name, "reason": why} for name, why in gathered.refused]
     return Page(title, [*told, f"Written by dsfreeze {__version__}."], sections, rows)

@@ -14,7 +14,7 @@ from dsfreeze.continual.tables import COLUMNS
 from dsfreeze.report import figures
 from dsfreeze.report.reading import DONE, Results, number
 from dsfreeze.report.runs import around, bytes_of
-from dsfreeze.report.sections import Cell, Figure, Section, Table
+from dsfreeze.report.sections import Cell, Figure, Section, Table, counted
 from dsfreeze.report.setups import natural, spread
 from dsfreeze.tables import million
 
@@ -25,7 +25,9 @@ def comparison_section(results: Results, *, with_figures: bool) -> Section:
     """A comparison's cells: counts, scores by method and task, costs, and each cell without a result with its reason."""
     cells: Cells = results.state["cells"]
     counts = Counter(str(cell["status"]) for cell in cells.values())
-    told = [f"{len(cells)} cells: {', '.join(f'{count} {status}' for status, count in counts.most_common())}."]
+    told = [
+        f"{counted(len(cells), 'cell')}: {', '.join(f'{count} {status}' for status, count in counts.most_common())}."
+    ]
     return Section(
         f"Comparison {results.name}",
         told,

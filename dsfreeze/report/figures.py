@@ -7,6 +7,7 @@ that all of them stand out on white and on black; ink is the page's own.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,11 +34,7 @@ _INK = {
 
 def missing() -> str:
     """The empty text, or what to install for figures."""
-    try:
-        import seaborn  # noqa: F401
-    except ImportError:
-        return EXTRA
-    return ""
+    return "" if importlib.util.find_spec("seaborn") else EXTRA
 
 
 def loss_curves(setups: Sequence[Setup]) -> Figure | None:
@@ -85,7 +82,7 @@ def bars(title: str, unit: str, setups: Sequence[tuple[str, Sequence[float]]], *
     seaborn, pyplot = _libraries()
     # a number before each label keeps two that are cut to the same text apart; it is not shown
     names = [f"{number}\0{_short(label, _LABEL)}" for number, (label, _) in enumerate(drawn)]
-    points = {
+    points: dict[str, list[Any]] = {
         "x": [value for _, values in drawn for value in values],
         "y": [name for name, (_, values) in zip(names, drawn, strict=True) for _ in values],
     }
@@ -151,9 +148,8 @@ def _binned(setup: Setup, width: int) -> tuple[Any, Any, Any, Any]:
         means = np.ma.masked_invalid(sums / numbers)
     known = ~means.mask.all(axis=0) if means.mask is not np.ma.nomask else np.ones(count, bool)
     steps = np.arange(count) * width + (width + 1) / 2
-    return (
-        steps[known], *(np.asarray(each)[known] for each in (means.mean(axis=0), means.min(axis=0), means.max(axis=0))),
-    )  # fmt: skip
+    mean, low, high = (np.asarray(each)[known] for each in (means.mean(axis=0), means.min(axis=0), means.max(axis=0)))
+    return steps[known], mean, low, high
 
 
 def _short(text: str, most: int) -> str:
@@ -167,10 +163,7 @@ def _libraries() -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
-    import seaborn
-    from matplotlib import pyplot
-
-    return seaborn, pyplot
+    return importlib.import_module("seaborn"), importlib.import_module("matplotlib.pyplot")
 
 
 def _style(seaborn: Any) -> Any:
@@ -219,7 +212,7 @@ def adapted(drawing: str, title: str, description: str, note: str = "") -> Figur
         _adapt(element, ids)
     root.attrib = {
         "viewBox": root.attrib["viewBox"], "role": "img", "aria-labelledby": f"{own}-title {own}-description",
-        "style": "stroke-linejoin: round; stroke-linecap: butt",
+        "style": "fill: currentColor; stroke-linejoin: round; stroke-linecap: butt",
     }  # fmt: skip
     for position, (tag, words) in enumerate((("title", title), ("description", description))):
         told = ET.Element(f"{{{_SVG}}}{'desc' if tag == 'description' else tag}", {"id": f"{own}-{tag}"})

@@ -9,7 +9,7 @@ from typing import Any
 from dsfreeze.recipe_yaml import dump_yaml
 from dsfreeze.report import figures
 from dsfreeze.report.reading import DONE, Gathered, Number, Run
-from dsfreeze.report.sections import Cell, Figure, Folded, Section, Table
+from dsfreeze.report.sections import Cell, Figure, Folded, Section, Table, counted
 from dsfreeze.report.setups import Setup, setups_of, spread, strategy_of
 from dsfreeze.tables import gib, million
 
@@ -214,4 +214,4 @@ def counts_of(runs: Sequence[Run]) -> str:
     """One sentence on how many there are."""
     done = sum(run.state == DONE for run in runs)
     left = len(runs) - done
-    return f"{len(runs)} runs: {done} done" + (f", {left} interrupted (or still going on)." if left else ".")
+    return f"{counted(len(runs), 'run')}: {done} done" + (f", {left} interrupted (or still going on)." if left else ".")

@@ -76,3 +76,8 @@ def is_numeric(table: Table, column: int) -> bool:
     """Whether a column's cells are numbers, or texts that begin as one (`84.2 ± 0.3`, `1.20 GiB`)."""
     cells = [row[column] for row in table.rows if row[column] not in (None, "")]
     return bool(cells) and all(not isinstance(cell, str) or cell.lstrip("+-−")[:1].isdecimal() for cell in cells)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
