@@ -569,6 +569,7 @@ def test_overrides_that_the_pages_show_are_read(line):
 )
 @example("- a")
 @example("x " * 100)
+@example(["no", "on", "12:30", "2024-01-01", "1_000", "0x1f", "~", 5e-5])
 @example({"a": [], "b": [{}], "c": "line\nline\n"})
 def test_libyaml_reads_what_pyyaml_reads(value):
     """Oracle: PyYAML's own parser: values, the lines of keys and mistakes are the same."""
