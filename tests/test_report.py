@@ -228,6 +228,20 @@ def test_a_figure_of_many_is_cut_and_says_so(tmp_path: Path) -> None:
     assert sum(f">{setup.label}<" in drawn.svg for setup in many) == figures.MOST_BARS
 
 
+@pytest.mark.parametrize(("number", "bands"), [(figures.MOST_BANDS, figures.MOST_BANDS), (figures.MOST_BANDS + 1, 0)])
+def test_bands_are_drawn_while_there_are_few(tmp_path: Path, number: int, bands: int) -> None:
+    """Oracle: counted: filled shapes without a line, and the sentence."""
+    from dsfreeze.report.reading import gather
+
+    for count in range(number):
+        for seed in (1, 2):
+            run_of(tmp_path / f"{count}-{seed}", f"model=m{count}", f"train.seed={seed}", losses=(2.0, 1.0 * seed))
+    curves = figures.loss_curves(setups_of(gather([tmp_path]).runs))
+    assert curves is not None
+    assert curves.svg.count("fill-opacity: 0.18") == bands
+    assert ("bands" in curves.note) == bool(bands)
+
+
 def test_curves_are_means_and_ranges_in_bins(tmp_path: Path) -> None:
     """Oracle: by hand: two runs, bins of two steps, the second run a step shorter."""
     run_of(tmp_path / "a", "train.seed=1", "train.max_steps=9", losses=(4.0, 2.0, 1.0, 3.0))

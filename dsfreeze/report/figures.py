@@ -19,7 +19,7 @@ from dsfreeze.plotting import EXTRA
 from dsfreeze.report.sections import Figure
 from dsfreeze.report.setups import Setup, spread
 
-MOST_LINES, MOST_BARS, MOST_POINTS = 8, 16, 50
+MOST_LINES, MOST_BANDS, MOST_BARS, MOST_POINTS = 8, 4, 16, 50
 #: Of a label as much as fits beside a bar; tables have it whole.
 _LABEL = 30
 _WIDTH = 4.4  # inches, which a phone shows at nearly their own size
@@ -38,12 +38,13 @@ def missing() -> str:
 
 
 def loss_curves(setups: Sequence[Setup]) -> Figure | None:
-    """Training loss by step: of each setup the mean of its runs, and a band from the least to the greatest of them."""
+    """Training loss by step: of each setup the mean of its runs, and, while there are few, a band from the least to the greatest."""
     having = [setup for setup in setups if any(run.losses for run in setup.runs)]
     if not having:
         return None
     drawn, left_out = _most(having, MOST_LINES)
     width = max(1, -(-max(step for setup in drawn for run in setup.runs for step, _ in run.losses) // MOST_POINTS))
+    banded = len(drawn) <= MOST_BANDS
     seaborn, pyplot = _libraries()
     colours = seaborn.husl_palette(len(drawn), l=0.55, s=0.9)
     with _style(seaborn):
@@ -60,14 +61,16 @@ def loss_curves(setups: Sequence[Setup]) -> Figure | None:
                 linewidth=1.4,
                 label=_short(setup.label, 2 * _LABEL),
             )
-            if len(setup.runs) > 1:
+            if banded and len(setup.runs) > 1:
                 axis.fill_between(steps, low, high, color=colours[number], alpha=0.18, linewidth=0)
         axis.set_xlabel("step")
         axis.set_ylabel("training loss")
         figure.legend(loc="outside lower left", ncols=1, fontsize=7.5, frameon=False, handlelength=3)
     told = [f"Each point is the mean of {width} steps."] if width > 1 else []
     if any(len(setup.runs) > 1 for setup in drawn):
-        told.append("Lines are means of a setup's runs, bands go from the least to the greatest.")
+        told.append(
+            f"Lines are means of a setup's runs{', bands go from the least to the greatest' if banded else ''}."
+        )
     ends = "; ".join(f"{setup.label}: {_ends(setup)}" for setup in drawn)
     return inline_svg(figure, "Training loss", f"Training loss by step. {ends}.", " ".join([*told, *left_out]))
 

@@ -6,6 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Iterator
+from html import escape
 
 from dsfreeze.report.sections import Cell, Folded, Page, Section, Table, is_numeric, shown
 
@@ -40,7 +41,8 @@ def _table(table: Table) -> str:
 
 def _folded(folded: Folded) -> str:
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", folded.text)), default=0))
-    return f"<details><summary>{_inline(folded.title)}</summary>\n\n{fence}yaml\n{folded.text.rstrip()}\n{fence}\n\n</details>"
+    title = escape(" ".join(folded.title.split()))  # inside of a tag nothing else is markup
+    return f"<details><summary>{title}</summary>\n\n{fence}yaml\n{folded.text.rstrip()}\n{fence}\n\n</details>"
 
 
 def _inline(text: str) -> str:
