@@ -9,7 +9,8 @@ import pytest
 from report_kit import cell, comparison_of, run_of, sequence_of
 
 from dsfreeze.errors import UserError
-from dsfreeze.report.reading import gather, headline
+from dsfreeze.report.reading import gather
+from dsfreeze.report.row import headline
 from dsfreeze.report.setups import setups_of, spread
 
 

@@ -1,6 +1,6 @@
 """Reports: records in, one page out. No torch.
 
-`reading` gathers what folders hold into plain rows, `setups` puts runs together, `runs` and `comparisons` make sections of them (`sections`),
+`reading` gathers what folders hold, runs as plain rows (`row`); `setups` puts runs together, `runs` and `comparisons` make sections of them (`sections`),
 with `figures` as inline SVG; `html` and `text` write the page. All that comes from records is data: it is escaped where it is written;
 `redact` takes out what looks like a credential where it is read.
 """

@@ -12,7 +12,8 @@ from typing import Any
 from dsfreeze.continual.results import matrix_of, numbers_of
 from dsfreeze.continual.tables import COLUMNS
 from dsfreeze.report import figures
-from dsfreeze.report.reading import DONE, Results, number
+from dsfreeze.report.reading import Results
+from dsfreeze.report.row import DONE, number
 from dsfreeze.report.runs import around, bytes_of
 from dsfreeze.report.sections import Cell, Figure, Section, Table, counted
 from dsfreeze.report.setups import natural, spread

@@ -8,7 +8,8 @@ from typing import Any
 
 from dsfreeze.recipe_yaml import dump_yaml
 from dsfreeze.report import figures
-from dsfreeze.report.reading import DONE, Gathered, Number, Run
+from dsfreeze.report.reading import Gathered
+from dsfreeze.report.row import DONE, Number, Run
 from dsfreeze.report.sections import Cell, Figure, Folded, Section, Table, counted
 from dsfreeze.report.setups import Setup, setups_of, spread, strategy_of
 from dsfreeze.tables import gib, million

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsfreeze.report.reading import DONE, Number, Run
+from dsfreeze.report.row import DONE, Number, Run
 
 #: Keys that say which run it is, where it lies and what it logs: runs that differ in these alone are the same setup.
 SAME_SETUP = (
