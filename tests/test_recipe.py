@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from dsfreeze import recipe_yaml
 from dsfreeze.continual.reading import read_course
 from dsfreeze.errors import UserError
 from dsfreeze.metrics import METRICS
@@ -551,6 +552,41 @@ def test_overrides_that_the_pages_show_are_read(line):
         read_course(ROOT / "recipes/continual.yaml", words)
     else:
         load_recipe(None, ["model=minilm-l6", *words])
+
+
+@pytest.mark.skipif(recipe_yaml._Quick is None, reason="this PyYAML has no libyaml")
+@settings(max_examples=100, deadline=None, database=None)
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False)
+        | st.text(st.characters(max_codepoint=126)),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab#:-. '", max_size=5), inner, max_size=3),
+        max_leaves=12,
+    )
+)
+@example("- a")
+@example("x " * 100)
+@example(["no", "on", "12:30", "2024-01-01", "1_000", "0x1f", "~", 5e-5])
+@example({"a": [], "b": [{}], "c": "line\nline\n"})
+def test_libyaml_reads_what_pyyaml_reads(value):
+    """Oracle: PyYAML's own parser: values, the lines of keys and mistakes are the same."""
+    content = dump_yaml({"key": value, "after": 1}).encode()
+    quick = parse_yaml(content, "x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe_yaml, "_Quick", None)
+        assert parse_yaml(content, "x") == quick
+
+
+@pytest.mark.parametrize(
+    "content", ["- " * 5000 + "a", "[" * 5000, "a:\n" + "".join(" " * n + "a:\n" for n in range(1, 700))]
+)
+def test_nesting_without_end_is_a_mistake(content):
+    """Oracle: no other exception, whichever parser reads it."""
+    with pytest.raises(UserError):
+        parse_yaml(f"key: 1\nmore:\n  {content}".encode(), "x")
 
 
 def test_the_metrics_are_listed():

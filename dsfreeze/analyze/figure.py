@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-#: What installs seaborn.
-EXTRA = "install the figure's library with pip install 'dsfreeze[plot]'"
+from dsfreeze.plotting import EXTRA
 
 
 def draw_figure(content: Mapping[str, Any], path: Path) -> str:

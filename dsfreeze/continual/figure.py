@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsfreeze.analyze.figure import EXTRA
 from dsfreeze.continual.results import general_ability
+from dsfreeze.plotting import EXTRA
 
 Spreads = Mapping[str, Any]
 
