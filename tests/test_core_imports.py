@@ -20,7 +20,7 @@ CORE = (
     "dsfreeze.trackers", "dsfreeze.tables", "dsfreeze.quickstart", "dsfreeze.supervise", "dsfreeze.interrupt", "dsfreeze.journal", "dsfreeze.cli", "dsfreeze.section_reader", "dsfreeze.text_metrics",
     "dsfreeze.continual.matrix", "dsfreeze.continual.methods", "dsfreeze.continual.spec", "dsfreeze.continual.reading", "dsfreeze.continual.results", "dsfreeze.continual.tables", "dsfreeze.continual.trace",
     "dsfreeze.compare", "dsfreeze.compare.resampling", "dsfreeze.compare.pairs", "dsfreeze.compare.ranks", "dsfreeze.compare.statistics", "dsfreeze.compare.verdicts", "dsfreeze.compare.pareto", "dsfreeze.compare.rows", "dsfreeze.compare.tables",
-    "dsfreeze.continual.matrix", "dsfreeze.continual.methods", "dsfreeze.continual.spec", "dsfreeze.continual.reading", "dsfreeze.continual.results", "dsfreeze.continual.tables", "dsfreeze.continual.trace", "dsfreeze.plotting", "dsfreeze.report",
+    "dsfreeze.plotting", "dsfreeze.report",
 )  # fmt: skip
 
 

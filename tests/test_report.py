@@ -123,7 +123,7 @@ def test_headings_figures_and_tables_are_accessible(whole: Outline) -> None:
     ids = [attributes["id"] for _, attributes in whole.tags if "id" in attributes]
     assert len(ids) == len(set(ids)), "an id stands once"
     pictures = [attributes for tag, attributes in whole.tags if tag == "svg"]
-    assert len(pictures) == 5 + 4 + 1
+    assert len(pictures) == 5 + 3 + 4 + 1
     for attributes in pictures:
         assert attributes["role"] == "img"
         assert set((attributes["aria-labelledby"] or "").split()) <= set(ids)

@@ -9,6 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dsfreeze.compare.figures import critical_difference_figure, pareto_figure, score_figure
+from dsfreeze.compare.pareto import pareto_fronts
+from dsfreeze.compare.rows import Rows, as_text, rows_fronts, rows_pairs, rows_ranks
+from dsfreeze.compare.statistics import Summary, summarise
+from dsfreeze.compare.verdicts import family_verdict, lost_verdict
 from dsfreeze.continual.results import matrix_of, numbers_of
 from dsfreeze.continual.tables import COLUMNS
 from dsfreeze.report import figures
@@ -20,6 +25,8 @@ from dsfreeze.report.setups import natural, spread
 from dsfreeze.tables import million
 
 Cells = Mapping[str, Mapping[str, Any]]
+#: Tested against every other method where a comparison has it.
+_BASELINE = "full"
 
 
 def comparison_section(results: Results, *, with_figures: bool) -> Section:
@@ -29,12 +36,55 @@ def comparison_section(results: Results, *, with_figures: bool) -> Section:
     told = [
         f"{counted(len(cells), 'cell')}: {', '.join(f'{count} {status}' for status, count in counts.most_common())}."
     ]
+    summary = summarise(cells, against=_BASELINE if _BASELINE in _by_method(cells) else None)
+    for family in summary.families:
+        told += family_verdict(family)
     return Section(
         f"Comparison {results.name}",
-        told,
-        figures=list(_cell_figures(cells)) if with_figures else (),
-        tables=[*_scores(cells), *_costs(cells), *_without(cells)],
+        [*told, *lost_verdict(summary)],
+        figures=[*_statistics_figures(cells, summary), *_cell_figures(cells)] if with_figures else (),
+        tables=[*_scores(cells), *_costs(cells), *_statistics(cells, summary), *_without(cells)],
     )
+
+
+def _statistics(cells: Cells, summary: Summary) -> Iterator[Table]:
+    for family in summary.families:
+        unit = f"{family.unit}s" + (f", against {family.against}" if family.against else "")
+        yield _table(f"Pairs of methods over {unit}: sign-flip tests, Holm's correction", rows_pairs(family))
+        if family.against is None:
+            yield _table(f"Average ranks over {unit}; a letter in common: no difference found", rows_ranks(family))
+    yield _table(
+        "Score against cost: mean of each method, and where it is on the front", rows_fronts(pareto_fronts(cells))
+    )
+
+
+def _table(caption: str, found: Rows) -> Table:
+    columns, rows = found
+    kept = [number for number, column in enumerate(columns) if column != "verdict"]
+    texts = [[as_text(columns[number], row[number]) for number in kept] for row in rows]
+    return Table(caption, [columns[number] for number in kept], texts)
+
+
+def _statistics_figures(cells: Cells, summary: Summary) -> Iterator[Figure]:
+    drawn = [
+        (score_figure(summary), "Scores by task", "Mean over seeds of each method on each task, with its interval."),
+        (
+            pareto_figure(pareto_fronts(cells), summary.methods),
+            "Score against cost",
+            "Methods on the staircase are beaten by none in both.",
+        ),
+        *(
+            (
+                critical_difference_figure(family),
+                f"Average ranks over {family.unit}s",
+                "Methods that a bar joins are within the critical difference.",
+            )
+            for family in summary.families
+            if family.against is None
+        ),
+    ]
+    for figure, title, told in drawn:
+        yield replace(figures.inline_svg(figure, title, told, told), wide=True)
 
 
 def _by_method(cells: Cells) -> dict[str, list[Mapping[str, Any]]]:

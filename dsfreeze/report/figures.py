@@ -25,6 +25,8 @@ _LABEL = 30
 _WIDTH = 4.4  # inches, which a phone shows at nearly their own size
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+ET.register_namespace("", _SVG)
+ET.register_namespace("xlink", _XLINK)
 _REFERENCES = re.compile(r'(?:url\(#|href="#| id=")[^)"]+')
 #: seaborn's ink and background, and what a page has for them.
 _INK = {
@@ -221,8 +223,6 @@ def adapted(drawing: str, title: str, description: str, note: str = "") -> Figur
         told = ET.Element(f"{{{_SVG}}}{'desc' if tag == 'description' else tag}", {"id": f"{own}-{tag}"})
         told.text = words
         root.insert(position, told)
-    ET.register_namespace("", _SVG)
-    ET.register_namespace("xlink", _XLINK)
     return Figure(title, ET.tostring(root, encoding="unicode"), description, note)
 
 
