@@ -99,7 +99,7 @@ def test_the_page_fits_and_fetches_nothing(page: Path, tmp_path: Path, size: tup
     assert told["width"] == told["scroll"] == size[0]
     assert told["beyond"] == []
     assert told["fetched"] == told["errors"] == told["stopped"] == []
-    assert len(told["figures"]) == 5 + 4 + 1
+    assert len(told["figures"]) == 5 + 3 + 4 + 1
     assert min(told["figures"]) >= 300
     assert told["text"] >= 8, "text of figures can be read"
 

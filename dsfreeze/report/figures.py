@@ -217,7 +217,8 @@ def adapted(drawing: str, title: str, description: str, note: str = "") -> Figur
         _adapt(element, ids)
     root.attrib = {
         "viewBox": root.attrib["viewBox"], "role": "img", "aria-labelledby": f"{own}-title {own}-description",
-        "style": "fill: currentColor; stroke-linejoin: round; stroke-linecap: butt",
+        "style": "fill: currentColor; stroke-linejoin: round; stroke-linecap: butt; "
+        f"min-width: {float(root.attrib['viewBox'].split()[2]):.0f}px",  # a narrow page scrolls, and its text can still be read
     }  # fmt: skip
     for position, (tag, words) in enumerate((("title", title), ("description", description))):
         told = ET.Element(f"{{{_SVG}}}{'desc' if tag == 'description' else tag}", {"id": f"{own}-{tag}"})
