@@ -19,6 +19,7 @@ CORE = (
     "dsfreeze.strategies", "dsfreeze.strategies.adaptive", "dsfreeze.strategies.mask_file", "dsfreeze.budget", "dsfreeze.ranking", "dsfreeze.setting", "dsfreeze.hardware", "dsfreeze.estimate", "dsfreeze.estimate.communication", "dsfreeze.estimate.buffers", "dsfreeze.estimate.price", "dsfreeze.estimate.caching", "dsfreeze.planner.study", "dsfreeze.planner.caching", "dsfreeze.picture",
     "dsfreeze.trackers", "dsfreeze.tables", "dsfreeze.quickstart", "dsfreeze.supervise", "dsfreeze.interrupt", "dsfreeze.journal", "dsfreeze.cli", "dsfreeze.section_reader", "dsfreeze.text_metrics",
     "dsfreeze.continual.matrix", "dsfreeze.continual.methods", "dsfreeze.continual.spec", "dsfreeze.continual.reading", "dsfreeze.continual.results", "dsfreeze.continual.tables", "dsfreeze.continual.trace",
+    "dsfreeze.notebook.folders", "dsfreeze.notebook.showing", "dsfreeze.notebook.plans", "dsfreeze.notebook.importance", "dsfreeze.notebook.memory", "dsfreeze.notebook.throughput", "dsfreeze.notebook.scaling", "dsfreeze.notebook.forgetting", "dsfreeze.notebook.runs",
 )  # fmt: skip
 
 
