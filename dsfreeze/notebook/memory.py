@@ -52,12 +52,18 @@ def item_finding(rows: Sequence[Row], gpus: int) -> str:
     peaks = {(row["plan"], row["stage"]): row["peak"] for row in rows}
     stages = sorted({stage for _, stage in peaks})
     full = max({row["plan"]: row["percent"] for row in rows}.items(), key=lambda each: each[1])[0]
-    told = []
+    told, shares = [], []
     for stage in (stages[0], stages[-1]):
         at = {plan: peak for (plan, each), peak in peaks.items() if each == stage}
         least = min(at, key=at.__getitem__)
-        told.append(f"at ZeRO {stage} {least} peaks at {100 * at[least] / at[full]:.0f} % of {full}")
-    return f"On {gpus} devices, {', '.join(told)}: the more devices share the states, the less is left for freezing to save on them."
+        shares.append(at[least] / at[full])
+        told.append(f"at ZeRO {stage} {least} peaks at {100 * shares[-1]:.0f} % of {full}")
+    word = (
+        "the more is shared, the less freezing saves"
+        if shares[0] < shares[1]
+        else "sharing more leaves freezing no less to save"
+    )
+    return f"On {gpus} devices, {', '.join(told)}: {word}."
 
 
 # -- predicted beside measured -------------------------------------------------------------------------------------
@@ -66,10 +72,13 @@ def item_finding(rows: Sequence[Row], gpus: int) -> str:
 def counted_rows(record: Mapping[str, Any]) -> list[Row]:
     """Of the benchmark of states: bytes that were counted in a live engine, and those that the plan's formula gives."""
     return [
-        {"setting": setting, "item": item, "counted": counted, "predicted": found["by_plan"][item]}
+        {
+            "setting": setting, **dict(zip(("stage", "precision", "plan"), setting.split(), strict=True)),
+            "item": item.replace("_", " "), "counted": counted, "predicted": found["by_plan"][item],
+        }
         for setting, found in record["bytes"].items()
         for item, counted in found["counted"].items()
-    ]
+    ]  # fmt: skip
 
 
 def activation_rows(record: Mapping[str, Any]) -> list[Row]:

@@ -98,17 +98,15 @@ def price_rows(
 
 def price_finding(rows: Sequence[Row]) -> str:
     """Whether plans that train alike many parameters cost alike many FLOPs."""
-    alike = [
+    alike: list[tuple[Row, Row]] = [
         pair
         for pair in combinations([row for row in rows if row["flops_percent"] < 100], 2)
         if abs(pair[0]["percent"] - pair[1]["percent"]) <= ALIKE
     ]
     if not alike:
         return f"No two of these {len(rows)} plans train alike many parameters."
-    cheap, dear = sorted(
-        max(alike, key=lambda pair: abs(pair[0]["flops_percent"] - pair[1]["flops_percent"])),
-        key=lambda row: row["flops_percent"],
-    )
+    apart = max(alike, key=lambda pair: abs(float(pair[0]["flops_percent"] - pair[1]["flops_percent"])))
+    cheap, dear = sorted(apart, key=lambda row: float(row["flops_percent"]))
     both = (
         f"{cheap['plan']} ({cheap['percent']:.0f} % of the parameters) costs {cheap['flops_percent']:.0f} % of full tuning's FLOPs, "
         f"{dear['plan']} ({dear['percent']:.0f} %) {dear['flops_percent']:.0f} %"

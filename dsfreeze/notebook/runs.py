@@ -63,7 +63,7 @@ def plan_of(record: RecordData) -> FreezePlan:
 def phase_rows(record: RecordData) -> list[Row]:
     """The phases that a run entered, as its steps tell: first and last step, and how many tensors train."""
     plan = plan_of(record)
-    firsts = list(dict.fromkeys(line.get("phase") for line in record.steps if line.get("phase") is not None))
+    firsts: list[int] = list(dict.fromkeys(line["phase"] for line in record.steps if line.get("phase") is not None))
     rows = []
     for first in firsts:
         own = [line for line in record.steps if line.get("phase") == first]

@@ -57,14 +57,12 @@ def epoch_finding(rows: Sequence[Row], measured: Mapping[str, Any] | None = None
     last = max(row["epochs"] for row in rows)
     at = {row["way"]: row["faster"] for row in rows if row["epochs"] == last}
     gain = at["prefix cached"] / at["computed anew"]
-    word = f"shortens it {gain:.2f} times" if gain > 1.02 else "does not shorten it"
-    sentence = f"In one epoch the cache can only be filled; over {last} epochs it {word}"
+    word = f"becomes {gain:.2f} times as fast with it" if gain > 1.02 else "becomes no faster with it"
+    sentence = f"In one epoch the cache can only be filled; a run of {last} epochs {word}"
     if measured is None:
         return f"{sentence} (from measured steps)."
     real = measured["cached"] / measured["computed"]
-    return (
-        f"{sentence} (from measured steps); whole runs of {measured['epochs']} epochs became {real:.2f} times shorter."
-    )
+    return f"{sentence} (from measured steps); whole runs of {measured['epochs']} epochs really became {real:.2f} times as fast."
 
 
 def bandwidth_rows(

@@ -56,7 +56,7 @@ def read_traces(path: Path, trace: str, anatomy: Anatomy) -> list[list[float]]:
 def read_analysis(path: Path) -> dict[str, Any]:
     """What an analysis wrote; UserError when the file is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content["model"]["digest"], str) and isinstance(content["all"], dict):
             return content
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -1,10 +1,10 @@
-"""Make the small records that the notebooks show where no others are named; some twenty minutes on two cores.
+"""Make the small records that the notebooks show where no others are named; some fifteen minutes on two cores.
 
     python notebooks/records/make.py [nli] [scores] [continual]        (continual reads the data that lies beside the repository)
 
 `nli`: the embedded encoder on the built-in data, once for each of a few plans, and one run that is killed on its way. `scores`: an
 analysis of SmolLM2-135M on the built-in data, without what is said tensor by tensor and example by example. `continual`: the shipped
-sequence of tasks, shorter. One seed each, or two: enough to draw a figure, too little to conclude anything from.
+sequence of tasks, shorter. One seed each: enough to draw a figure, too little to conclude anything from.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 COMMON = (
     "model=minilm-l6", "task=classification", "data.train=builtin:nli", "data.eval=builtin:nli", "data.max_length=48",
-    "data.max_train_examples=640", "data.max_eval_examples=400", "zero=zero2", "train.max_steps=120", "train.seed=42",
+    "data.max_train_examples=640", "data.max_eval_examples=150", "zero=local", "train.max_steps=80", "train.seed=42",
     "train.per_device_train_batch_size=16", "train.per_device_eval_batch_size=64", "train.learning_rate=5.0e-4",
     "train.warmup_ratio=0.1", "train.eval_strategy=steps", "train.eval_steps=20", "train.save_strategy=no", "train.export=false",
 )  # fmt: skip
@@ -36,14 +36,14 @@ RUNS = {
     "gradual-unfreezing": ("freeze.strategy=gradual_unfreezing",),
     "lora": ("freeze.strategy=lora",),
 }
-KILLED, KILLED_AFTER = "killed", 50
+KILLED, KILLED_AFTER = "killed", 30
 ANALYSIS = (
     "model=smollm2-135m", "task=classification", "data.train=builtin:nli", "data.max_length=48", "zero=local",
-    "analyze.num_examples=48", "analyze.output_dir=analysis",
+    "analyze.num_examples=32", "analyze.ablation_examples=4", "analyze.gate_steps=2", "analyze.probe_steps=3", "analyze.output_dir=analysis",
 )  # fmt: skip
 SEQUENCE = (
-    "zero=local", "seeds=[1,2]", "train.max_steps=24", "train.learning_rate=1.0e-3", "data.max_length=96",
-    "methods=[full,half,bottom,replay,l2_sp,{name: wise_ft, alphas: [0.0,0.2,0.4,0.6,0.8,1.0]}]",
+    "zero=local", "seeds=[1]", "train.max_steps=24", "train.learning_rate=1.0e-3", "data.max_length=96",
+    "methods=[full,half,bottom,replay,{name: wise_ft, alphas: [0.0,0.2,0.4,0.6,0.8,1.0]}]",
 )  # fmt: skip
 
 
