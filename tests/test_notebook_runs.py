@@ -139,6 +139,8 @@ def test_the_run_of_most_phases_is_looked_into(tmp_path):
     assert runs.choose(records, "short") == "short"
     with pytest.raises(UserError, match="Did you mean 'long'"):
         runs.choose(records, "lon")
+    with pytest.raises(UserError, match="No step of run 'empty' has ended"):
+        runs.choose({"empty": run_record(tmp_path / "c", losses=())}, None)
 
 
 # -- several runs --------------------------------------------------------------------------------------------------

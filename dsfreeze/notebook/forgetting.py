@@ -45,15 +45,17 @@ class Course:
 
 
 def read_course_of(path: Path) -> Course:
-    """The sequence that a results.json or a continual-MODEL.json holds; UserError when it holds none, or none that has begun."""
+    """The sequence that a results.json or a continual-MODEL.json holds; UserError when it holds none, or no method has ended."""
     try:
         course = _of_results(read_results(path)) if path.name == RESULTS else _of_benchmark(read_json(path))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is no results of a sequence: {error!r} is missing or wrong. `dsfreeze continual` writes them."
         ) from None
-    if not course.summary:
-        raise UserError(f"No method of {path} has ended yet: `dsfreeze continual` goes on where it was stopped.")
+    if not point_rows(course):
+        raise UserError(
+            f"No method of {path} has ended all its rounds: `dsfreeze continual` goes on where it was stopped."
+        )
     return course
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
@@ -20,11 +20,14 @@ _AFTER = "after: "
 
 
 def choose(records: Mapping[str, RecordData], name: str | None) -> str:
-    """The name of the run to look into: the one asked for, else that of most phases; UserError for a name that no run has."""
+    """The name of the run to look into: the one asked for, else that of most phases; UserError for a name that no run has, and where no
+    step has ended."""
     if name is None:
-        return max(records, key=lambda each: len({line.get("phase") for line in records[each].steps}))
+        name = max(records, key=lambda each: len({line.get("phase") for line in records[each].steps}))
     if name not in records:
         raise UserError(f"RUN is '{name}', and no run here has that name.{did_you_mean(name, records)}")
+    if not records[name].steps:
+        raise UserError(f"No step of run '{name}' has ended. Name another run in RUN, or another folder in RECORDS.")
     return name
 
 
@@ -70,9 +73,15 @@ def phase_rows(record: RecordData) -> list[Row]:
         rows.append({
             "phase": first, "first_step": own[0]["step"], "last_step": own[-1]["step"],
             "tensors": len(plan.phase_at(first).trainable),
-            "mean_loss": fmean(line["loss"] for line in own), "median_seconds": median(line["seconds"] for line in own),
+            "mean_loss": _of(fmean, own, "loss"), "median_seconds": _of(median, own, "seconds"),
         })  # fmt: skip
     return rows
+
+
+def _of(mean: Callable[[list[float]], float], lines: Sequence[Row], key: str) -> float | None:
+    """A mean of what steps measured; None where none has it."""
+    values = [line[key] for line in lines if line.get(key) is not None]
+    return mean(values) if values else None
 
 
 def memory_rows(record: RecordData) -> list[Row]:
