@@ -131,5 +131,5 @@ def run_speed_finding(rows: Sequence[Row]) -> str:
     fast, slow = min(rows, key=lambda row: row["seconds"]), max(rows, key=lambda row: row["seconds"])
     return (
         f"Among these runs a step of {fast['run']} took {fast['seconds'] / slow['seconds']:.2f} of the time of one of {slow['run']}, at "
-        f"{fast['flops_percent'] / slow['flops_percent']:.2f} of its FLOPs. They ran one after the other: ratios of a busy machine may mislead."
+        f"{fast['flops_percent'] / slow['flops_percent']:.2f} of its FLOPs. Runs do not take turns as a benchmark's rounds do: on a busy machine such a ratio misleads."
     )

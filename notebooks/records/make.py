@@ -4,7 +4,7 @@
 
 `nli`: the embedded encoder on the built-in data, once for each of a few plans, and one run that is killed on its way. `scores`: an
 analysis of SmolLM2-135M on the built-in data, without what is said tensor by tensor and example by example. `continual`: the shipped
-sequence of tasks, on a model of a quarter of a million parameters. One seed or two: enough to draw a figure, too little to conclude anything from.
+sequence of tasks, on a model of a quarter of a million parameters. One seed each: enough to draw a figure, too little to conclude anything from.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ ANALYSIS = (
     "analyze.num_examples=32", "analyze.ablation_examples=4", "analyze.gate_steps=2", "analyze.probe_steps=3", "analyze.output_dir=analysis",
 )  # fmt: skip
 SEQUENCE = (
-    "model=../shared/weights/stories260K", "zero=local", "seeds=[1,2]", "train.max_steps=48", "train.learning_rate=3.0e-3",
-    "data.max_length=256", "data.max_eval_examples=24",
-    "methods=[full,half,bottom,replay,{name: wise_ft, alphas: [0.0,0.25,0.5,0.75,1.0]}]",
+    "model=../shared/weights/stories260K", "zero=local", "seeds=[1]", "train.max_steps=32", "train.learning_rate=3.0e-3",
+    "data.max_length=256", "data.max_eval_examples=16",
+    "methods=[full,half,bottom,replay,{name: wise_ft, alphas: [0.0,0.5,1.0]}]",
 )  # fmt: skip
 
 
