@@ -71,7 +71,7 @@ def test_a_ranking_must_beat_the_bottom_by_more_than_the_seeds_spread():
     rows = importance.ranking_rows(record)
     assert next(row for row in rows if row["ranking"] == "near")["spread"] == pytest.approx(1.41421, rel=1e-4)
     assert importance.ranking_finding(rows) == (
-        "1 of 3 times a ranking chose the very layers that freezing the bottom leaves; of the others none did better by more than the "
+        "1 of 3 times a ranking, or a control, chose the very layers that freezing the bottom leaves; of the others none did better by more than the "
         "spread between seeds, and 1 did worse."
     )
     record["rankings"]["better"] = ranking(0.82, [[1]])

@@ -119,7 +119,7 @@ def ranking_finding(rows: Sequence[Row]) -> str:
     other = [row for row in chosen if not row["same_layers"]]
     wins = [row for row in other if row["above_bottom"] > row["spread"]]
     losses = sum(row["above_bottom"] < -row["spread"] for row in other)
-    same = f"{len(chosen) - len(other)} of {len(chosen)} times a ranking chose the very layers that freezing the bottom leaves"
+    same = f"{len(chosen) - len(other)} of {len(chosen)} times a ranking, or a control, chose the very layers that freezing the bottom leaves"
     if wins:
         best = max(wins, key=lambda row: row["above_bottom"])
         return (
