@@ -175,10 +175,11 @@ def test_a_method_is_held_against_the_line():
     assert forgetting.above_curve(beyond, curve) is None
     told = forgetting.forgetting_finding([*curve, above, below, beyond])
     assert told == (
-        "beyond learnt most (90.0) and above retained most (37.0); 1 of 2 methods lie above WiSE-FT's line, the farthest above "
+        "beyond learnt most (90.0) and above retained most (37.0); 1 of 2 methods lie clearly above WiSE-FT's line, the farthest above "
         "(+7.0); 1 learnt more or less than any of its points."
     )
-    assert "none of 1 methods lies above" in forgetting.forgetting_finding([*curve, below])
+    assert "none of 1 methods lies clearly above" in forgetting.forgetting_finding([*curve, below])
+    assert "none of 1" in forgetting.forgetting_finding([*curve, point("level", 50.0, 30.4)]), "less than half a point"
     assert "without a WiSE-FT curve" in forgetting.forgetting_finding([above])
     assert forgetting.forgetting_finding([]) == "No method has finished all its rounds."
 

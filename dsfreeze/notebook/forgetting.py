@@ -15,6 +15,8 @@ from dsfreeze.notebook.folders import read_json
 Row = dict[str, Any]
 #: Names of files that hold a sequence, as `folders.find_file` looks for them.
 PATTERNS = (RESULTS, "continual-*.json")
+#: Points of a score by which a method must lie above WiSE-FT's line to be called so (ours).
+CLEARLY = 0.5
 #: What WiSE-FT's labels have before their alpha.
 CURVE_MARK = "@"
 
@@ -161,15 +163,13 @@ def forgetting_finding(rows: Sequence[Row]) -> str:
     if len(curve) < 2:
         return f"{sentence}; without a WiSE-FT curve nothing says whether that is more than a smaller step would give."
     gaps = {row["label"]: gap for row in methods if (gap := above_curve(row, curve)) is not None}
-    better = sorted((label for label, gap in gaps.items() if gap > 0), key=lambda label: -gaps[label])
+    better = sorted((label for label, gap in gaps.items() if gap > CLEARLY), key=lambda label: -gaps[label])
     left = len(methods) - len(gaps)
     outside = f"; {left} learnt more or less than any of its points" if left else ""
     if not better:
-        return (
-            f"{sentence}; none of {len(gaps)} methods lies above WiSE-FT's line between start and tuned model{outside}."
-        )
+        return f"{sentence}; none of {len(gaps)} methods lies clearly above WiSE-FT's line between start and tuned model{outside}."
     return (
-        f"{sentence}; {len(better)} of {len(gaps)} methods lie above WiSE-FT's line, the farthest {better[0]} "
+        f"{sentence}; {len(better)} of {len(gaps)} methods lie clearly above WiSE-FT's line, the farthest {better[0]} "
         f"(+{gaps[better[0]]:.1f}){outside}."
     )
 

@@ -42,9 +42,9 @@ ANALYSIS = (
     "analyze.num_examples=32", "analyze.ablation_examples=4", "analyze.gate_steps=2", "analyze.probe_steps=3", "analyze.output_dir=analysis",
 )  # fmt: skip
 SEQUENCE = (
-    "model=../shared/weights/stories260K", "zero=local", "seeds=[1]", "train.max_steps=32", "train.learning_rate=3.0e-3",
+    "model=../shared/weights/stories260K", "zero=local", "seeds=[1]", "train.max_steps=32", "train.learning_rate=6.0e-4",
     "data.max_length=256", "data.max_eval_examples=16",
-    "methods=[full,half,bottom,replay,{name: wise_ft, alphas: [0.0,0.5,1.0]}]",
+    "methods=[full,half,bottom,replay,{name: wise_ft, alphas: [0.0,0.25,0.5,0.75,1.0]}]",
 )  # fmt: skip
 
 
