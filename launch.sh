@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up and launch dsfreeze.
 #   ./launch.sh                                     install, then the quickstart
-#   ./launch.sh test [pytest options]               install what tests need, then lint, types, tests
+#   ./launch.sh test [pytest options]               install what tests need, then lint, types, tests, notebooks
 #   ./launch.sh [analyze] [launcher options] recipe.yaml [key=value ...]    train (where it has `tasks:` or `suite:`, in sequence), or analyze
 # Every option of the deepspeed launcher passes through: --num_gpus --num_nodes --hostfile --include --master_port ...
 # Environment: PYTHON (python3), DSFREEZE_VENV (.venv), OMP_NUM_THREADS.
@@ -40,7 +40,7 @@ case ${1:-} in
     "$python" -m ruff check .
     "$python" -m ruff format --check .
     "$python" -m mypy
-    exec "$python" -m pytest --numprocesses 2 --dist loadfile "$@" ;;  # -n 0 after it: in one process
+    exec "$python" -m pytest --numprocesses 2 --dist loadfile --nbmake "$@" ;;  # -n 0 after it: in one process
 esac
 
 verb=train launcher=(); if [[ $1 == analyze ]]; then verb=analyze; shift; fi

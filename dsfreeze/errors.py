@@ -10,6 +10,10 @@ from difflib import get_close_matches
 class UserError(ValueError):
     """A mistake that the user can mend; the message names the mistake and the mend."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython, and so a notebook, shows: the message alone, as the command line does."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 def did_you_mean(name: str, valid: Iterable[str], *, how_many_listed: int = 30) -> str:
     """The tail of an error message: the nearest valid name, and the valid names while they are few."""

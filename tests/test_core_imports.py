@@ -21,6 +21,7 @@ CORE = (
     "dsfreeze.continual.matrix", "dsfreeze.continual.methods", "dsfreeze.continual.spec", "dsfreeze.continual.reading", "dsfreeze.continual.results", "dsfreeze.continual.tables", "dsfreeze.continual.trace",
     "dsfreeze.compare", "dsfreeze.compare.resampling", "dsfreeze.compare.pairs", "dsfreeze.compare.ranks", "dsfreeze.compare.statistics", "dsfreeze.compare.verdicts", "dsfreeze.compare.pareto", "dsfreeze.compare.rows", "dsfreeze.compare.tables",
     "dsfreeze.plotting", "dsfreeze.report",
+    "dsfreeze.notebook.folders", "dsfreeze.notebook.showing", "dsfreeze.notebook.plans", "dsfreeze.notebook.importance", "dsfreeze.notebook.memory", "dsfreeze.notebook.throughput", "dsfreeze.notebook.scaling", "dsfreeze.notebook.forgetting", "dsfreeze.notebook.runs",
 )  # fmt: skip
 
 

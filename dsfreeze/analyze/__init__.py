@@ -25,7 +25,7 @@ from dsfreeze.analyze.calibration import calibration_sample
 from dsfreeze.analyze.cuts import cuts_of
 from dsfreeze.analyze.passes import COVERS, PASSES
 from dsfreeze.analyze.recommend import recommend
-from dsfreeze.analyze.stability import drift_between, read_analysis, stabilities_of
+from dsfreeze.analyze.stability import drift_between, stabilities_of
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.checkpoint import open_checkpoint
 from dsfreeze.engine.process import agree, evaluation_engine, process_group, together
@@ -35,7 +35,7 @@ from dsfreeze.model import read_anatomy
 from dsfreeze.progress import watched
 from dsfreeze.recipe import AnalyzeOptions, Recipe
 from dsfreeze.scores import FAMILIES, SCORES, Observations, Scores
-from dsfreeze.strategies.scores_file import model_digest
+from dsfreeze.strategies.scores_file import model_digest, read_analysis
 
 SCORES_FILE, FIGURE = "scores.json", "scores.png"
 FORMAT_VERSION = 1

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from dsfreeze.errors import UserError
 from dsfreeze.ranking import examples_needed, spearman
 from dsfreeze.scores import DATA_FREE, SCORES, Observations, Scores
 
@@ -64,16 +61,3 @@ def drift_between(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str
         if gain in before["cuts"]
     }
     return {"spearman": found, "ends": ends}
-
-
-def read_analysis(path: Path) -> dict[str, Any]:
-    """What an analysis wrote; UserError when the file is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content["model"]["digest"], str) and isinstance(content["all"], dict):
-            return content
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{path} is no analysis ({error!r}). Name a scores.json that `dsfreeze analyze` wrote."
-        ) from None
-    raise UserError(f"{path} is no analysis. Name a scores.json that `dsfreeze analyze` wrote.")

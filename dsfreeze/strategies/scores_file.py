@@ -53,6 +53,19 @@ def read_traces(path: Path, trace: str, anatomy: Anatomy) -> list[list[float]]:
     return [[float(value) for value in row] for row in rows]
 
 
+def read_analysis(path: Path) -> dict[str, Any]:
+    """What an analysis wrote; UserError when the file is none."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content["model"]["digest"], str) and isinstance(content["all"], dict):
+            return content
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is no analysis ({error!r}). Name a scores.json that `dsfreeze analyze` wrote."
+        ) from None
+    raise UserError(f"{path} is no analysis. Name a scores.json that `dsfreeze analyze` wrote.")
+
+
 def model_digest(anatomy: Anatomy) -> str:
     """SHA-256 over names and shapes of the transformer layers' tensors: what scores are about, whatever the head."""
     rows = [(layer.name, t.name, t.shape) for layer in anatomy.blocks for t in layer.tensors]
