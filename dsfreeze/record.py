@@ -244,8 +244,11 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
+    return read_object(path) if path.is_file() else None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds; UserError when it cannot be read or holds none."""
     try:
         value = json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:

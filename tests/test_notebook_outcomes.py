@@ -11,7 +11,7 @@ import pytest
 from dsfreeze.continual.results import summarise
 from dsfreeze.errors import UserError
 from dsfreeze.notebook import forgetting, importance
-from dsfreeze.notebook.folders import read_json
+from dsfreeze.record import read_object
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -79,7 +79,7 @@ def test_a_ranking_must_beat_the_bottom_by_more_than_the_seeds_spread():
 
 
 def test_the_benchmark_of_rankings_is_read():
-    rows = importance.ranking_rows(read_json(BENCHMARKS / "rankings.json"))
+    rows = importance.ranking_rows(read_object(BENCHMARKS / "rankings.json"))
     assert {row["above_bottom"] for row in rows if row["ranking"] == "bottom frozen"} == {0.0}
     assert {row["task"] for row in rows} == {"sst2", "sick", "snli_dev"}
 

@@ -11,10 +11,10 @@ from notebook_kit import run_record
 from dsfreeze.errors import UserError
 from dsfreeze.estimate import estimate
 from dsfreeze.notebook import memory, plans, scaling, throughput
-from dsfreeze.notebook.folders import read_json
 from dsfreeze.planner.study import Study, run_study
 from dsfreeze.planner.sweep import STRATEGIES, plans_of
 from dsfreeze.recipe import FreezeOptions
+from dsfreeze.record import read_object
 from dsfreeze.setting import Workload
 from dsfreeze.strategies import make_plan
 
@@ -112,7 +112,7 @@ def test_what_sharing_leaves_to_freezing():
 
 
 def test_states_of_the_benchmark():
-    rows = memory.counted_rows(read_json(BENCHMARKS / "state_bytes.json"))
+    rows = memory.counted_rows(read_object(BENCHMARKS / "state_bytes.json"))
     assert "to the byte" in memory.counted_finding(rows)
     rows[3]["counted"] += 7
     assert memory.counted_finding(rows).startswith(f"1 of {len(rows)} figures differ from the formula's")
@@ -120,7 +120,7 @@ def test_states_of_the_benchmark():
 
 def test_activations_of_the_benchmark():
     """Oracle: the benchmark's own errors."""
-    record = read_json(BENCHMARKS / "planner.json")
+    record = read_object(BENCHMARKS / "planner.json")
     rows = memory.activation_rows(record)
     told = [plan["activation_error_percent"] for shape in record["shapes"].values() for plan in shape.values()]
     found = [100 * (row["predicted"] / row["measured"] - 1) for row in rows]
@@ -144,7 +144,7 @@ def test_promises_against_steps():
 
 @pytest.mark.parametrize("name", ["step_time", "prefix_cache"])
 def test_the_benchmarks_of_steps_are_read(name):
-    rows = throughput.speed_rows(read_json(BENCHMARKS / f"{name}.json"))
+    rows = throughput.speed_rows(read_object(BENCHMARKS / f"{name}.json"))
     assert rows[0]["plan"] == "full"
     assert all(row["q1"] <= row["faster"] <= row["q3"] for row in rows)
 
@@ -179,7 +179,7 @@ def test_bandwidths_and_where_they_fall_short():
 
 def test_a_study_and_the_benchmarks_record_of_one_are_read_alike(tmp_path):
     """Oracle: the benchmark's own condensing of the same study, whose figures have four digits."""
-    benchmark = read_json(BENCHMARKS / "scaling.json")
+    benchmark = read_object(BENCHMARKS / "scaling.json")
     given = {**benchmark["study"], "models": [MODEL], "gpus": [1, 2], "output_dir": tmp_path / "study"}
     whole = scaling.cluster_rows(run_study(Study.model_validate(given)))
     condensed = [row for row in scaling.cluster_rows(benchmark) if row["model"] == MODEL]

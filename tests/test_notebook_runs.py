@@ -10,9 +10,10 @@ from notebook_kit import PLAN, run_record, summary_of
 
 from dsfreeze.errors import UserError
 from dsfreeze.notebook import runs, throughput
-from dsfreeze.notebook.folders import find_file, find_runs, read_json, records_folder
+from dsfreeze.notebook.folders import find_file, find_runs, records_folder
 from dsfreeze.notebook.memory import error_finding
 from dsfreeze.notebook.showing import framed
+from dsfreeze.record import read_object
 
 # -- folders -------------------------------------------------------------------------------------------------------
 
@@ -64,7 +65,7 @@ def test_a_file_that_is_no_object_is_named(tmp_path, text):
     path = tmp_path / "x.json"
     path.write_text(text)
     with pytest.raises(UserError, match=r"x\.json"):
-        read_json(path)
+        read_object(path)
 
 
 def test_a_notebook_shows_the_message_alone():

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dsfreeze.errors import UserError
 from dsfreeze.record import RECIPE, RecordData, read_record
@@ -68,14 +66,3 @@ def find_runs(folder: Path) -> Runs:
 def _run_folders(folder: Path) -> Iterator[Path]:
     for depth in range(DEPTH + 1):
         yield from sorted(path.parent for path in folder.glob("*/" * depth + RECIPE))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds; UserError when it holds none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object.")
-    return value

@@ -10,7 +10,7 @@ from typing import Any
 
 from dsfreeze.continual.results import RESULTS, general_ability, read_results
 from dsfreeze.errors import UserError
-from dsfreeze.notebook.folders import read_json
+from dsfreeze.record import read_object
 
 Row = dict[str, Any]
 #: Names of files that hold a sequence, as `folders.find_file` looks for them.
@@ -49,7 +49,7 @@ class Course:
 def read_course_of(path: Path) -> Course:
     """The sequence that a results.json or a continual-MODEL.json holds; UserError when it holds none, or no method has ended."""
     try:
-        course = _of_results(read_results(path)) if path.name == RESULTS else _of_benchmark(read_json(path))
+        course = _of_results(read_results(path)) if path.name == RESULTS else _of_benchmark(read_object(path))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is no results of a sequence: {error!r} is missing or wrong. `dsfreeze continual` writes them."

@@ -6,7 +6,6 @@ A folder is searched for records and results files to any depth. What one file g
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 from dsfreeze.continual.results import FORMAT_VERSION as SEQUENCE_VERSION
 from dsfreeze.continual.results import RESULTS, summarise
 from dsfreeze.errors import UserError
-from dsfreeze.record import PLAN, RECIPE, STEPS
+from dsfreeze.record import PLAN, RECIPE, STEPS, read_object
 from dsfreeze.report.redact import redact, redacted
 from dsfreeze.report.row import Run, read_run
 
@@ -116,7 +115,7 @@ def _walk(folder: Path, refused: list[tuple[str, str]]) -> Iterator[Path]:
 
 
 def _take_results(path: Path, name: str, gathered: Gathered) -> None:
-    value: dict[str, Any] = redacted(_json(path))
+    value: dict[str, Any] = redacted(read_object(path))
     if "cells" in value:
         _require_version(path, value, COMPARISON_VERSION)
         _check(path, lambda: _check_cells(value["cells"]))
@@ -127,16 +126,6 @@ def _take_results(path: Path, name: str, gathered: Gathered) -> None:
         gathered.sequences.append(Results(os.path.dirname(name) or name, {**value, "summary": summarise(value)}))
     else:
         raise UserError(f"{path} holds results of neither a comparison nor a sequence.")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object.")
-    return value
 
 
 def _require_version(path: Path, value: Mapping[str, Any], version: int) -> None:
