@@ -11,13 +11,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dsfreeze.analyze.figure import EXTRA
 from dsfreeze.compare.pareto import Front, Point
 from dsfreeze.compare.resampling import LEVEL
 from dsfreeze.compare.rows import case_names
 from dsfreeze.compare.statistics import CaseScore, Family, Summary
 from dsfreeze.compare.verdicts import num_blocks
 from dsfreeze.errors import UserError
+from dsfreeze.plotting import EXTRA
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
