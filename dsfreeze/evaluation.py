@@ -119,7 +119,7 @@ def _judge_texts(engine: Engine, task_data: TaskData, batch: Batch) -> list[Judg
     if task_data.task == "seq2seq":  # the decoder's input is made from the labels
         logits, before = engine.no_grad_forward(batch).logits.detach(), F.pad(labels[:, :-1], (1, 0), value=IGNORED)
     else:
-        # position p predicts token p + 1; the vocabulary's logits of a prompt would take most of a short answer's pass
+        # position p predicts token p + 1; of a prompt nobody reads the vocabulary's logits
         kept = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         if takes(engine.module, "logits_to_keep"):

@@ -134,7 +134,7 @@ def parse_yaml(content: bytes, name: str) -> Document:
 
 
 def _compose(content: bytes) -> yaml.Node | None:
-    """The tree of nodes. libyaml makes the same ten times as fast of what `dump_yaml` writes (hundreds of records are read at once); all
+    """The tree of nodes. libyaml makes the same, faster, of what `dump_yaml` writes (hundreds of records are read at once); all
     other text, and every mistake, is for PyYAML's own parser, whose depth is bounded and whose messages are worded for people."""
     if _Quick is not None and not _UNUSUAL.search(content):
         with suppress(yaml.YAMLError):
