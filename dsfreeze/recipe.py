@@ -85,6 +85,11 @@ class DataOptions(Section):
     """Train on a seeded sample of this many examples."""
     max_eval_examples: Annotated[int, Field(ge=1)] | None = None
     """Evaluate on the first so many examples."""
+    held_out: Annotated[float, Field(gt=0)] | None = None
+    """Set this much of the training data aside, a share below 1 or a number of rows, and evaluate on it, not on `eval`, while training
+    (eval_strategy steps and epoch)."""
+    held_out_seed: Seed = 0
+    """Draws the rows that are set aside, before max_train_examples draws from the others: the same ones whatever train.seed."""
     prefix: str = ""
     """seq2seq: text before every source ("translate English to German: ")."""
     metrics: Texts | None = None
@@ -143,6 +148,9 @@ class TrainOptions(Section):
     """When to evaluate during training (before and after are `end`)."""
     eval_steps: Annotated[int, Field(ge=1)] = 500
     """Steps between evaluations, with eval_strategy steps."""
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+    """End after so many evaluations in a row that are no better than the best (by the first of data.metrics), and go back to the best
+    one's weights. Looks at data.held_out alone, never at data.eval."""
     save_strategy: Literal["no", "steps", "epoch"] = "steps"
     """When to write checkpoint-N."""
     save_steps: Annotated[int, Field(ge=1)] = 500
@@ -298,4 +306,18 @@ class Recipe(Section):
     def _agree(self) -> Recipe:
         refuse_unread(self.data, DATA_KEYS, "task", self.task, inside="data")
         refuse_unread(self.preference, PREFERENCE_KEYS, "task", self.task, inside="preference")
+        self._agree_on_held_out()
         return self
+
+    def _agree_on_held_out(self) -> None:
+        if self.data.held_out is not None and self.freeze.evict_prefix:
+            raise ValueError("data.held_out is evaluated on by the whole model; write freeze.evict_prefix: false")
+        if self.train.early_stopping_patience is None:
+            return
+        if self.data.held_out is None:
+            raise ValueError(
+                "train.early_stopping_patience needs data.held_out, rows of the training data to look at, such as 0.1: a run that "
+                "stops by its evaluation data has seen them"
+            )
+        if self.train.eval_strategy not in ("steps", "epoch"):
+            raise ValueError("train.early_stopping_patience needs train.eval_strategy steps or epoch")

@@ -18,7 +18,8 @@ CORE = (
     "dsfreeze.recipe_yaml", "dsfreeze.recipe_reader", "dsfreeze.recipe_reference", "dsfreeze.zero_config", "dsfreeze.anatomy", "dsfreeze.fused", "dsfreeze.activations", "dsfreeze.shapes", "dsfreeze.plan", "dsfreeze.record",
     "dsfreeze.strategies", "dsfreeze.strategies.adaptive", "dsfreeze.strategies.mask_file", "dsfreeze.budget", "dsfreeze.ranking", "dsfreeze.setting", "dsfreeze.hardware", "dsfreeze.estimate", "dsfreeze.estimate.communication", "dsfreeze.estimate.buffers", "dsfreeze.estimate.price", "dsfreeze.estimate.caching", "dsfreeze.planner.study", "dsfreeze.planner.caching", "dsfreeze.picture",
     "dsfreeze.trackers", "dsfreeze.tables", "dsfreeze.quickstart", "dsfreeze.supervise", "dsfreeze.interrupt", "dsfreeze.journal", "dsfreeze.cli", "dsfreeze.section_reader", "dsfreeze.text_metrics",
-    "dsfreeze.continual.matrix", "dsfreeze.continual.methods", "dsfreeze.continual.spec", "dsfreeze.continual.reading", "dsfreeze.continual.results", "dsfreeze.continual.tables", "dsfreeze.continual.trace",
+    "dsfreeze.continual.matrix", "dsfreeze.continual.methods", "dsfreeze.continual.spec", "dsfreeze.continual.reading", "dsfreeze.continual.results", "dsfreeze.continual.tables", "dsfreeze.continual.trace", "dsfreeze.layered", "dsfreeze.named", "dsfreeze.state_file", "dsfreeze.metrics",
+    "dsfreeze.compare.methods", "dsfreeze.compare.spec", "dsfreeze.compare.reading", "dsfreeze.compare.results", "dsfreeze.compare.pricing", "dsfreeze.compare.queue", "dsfreeze.compare.processes", "dsfreeze.compare.tuning", "dsfreeze.compare.running", "dsfreeze.compare.slurm",
 )  # fmt: skip
 
 
