@@ -82,6 +82,8 @@ def means_table(state: dict[str, Any]) -> Any:
 def _figures(done: list[dict[str, Any]]) -> list[str]:
     if not done:
         return ["-"] * 4
-    mean = {key: statistics.mean(cell[key] for cell in done) for key in ("score", "seconds", "peak_bytes")}
+    scores = [cell["score"] for cell in done if cell["score"] is not None]
+    score = f"{statistics.mean(scores):.1f}" if scores else "-"
+    seconds, peak = (statistics.mean(cell[key] for cell in done) for key in ("seconds", "peak_bytes"))
     share = statistics.mean(cell["trainable"] / cell["total"] for cell in done)
-    return [f"{mean['score']:.1f}", f"{mean['seconds']:.1f}", f"{mean['peak_bytes'] / 2**30:.2f}", f"{share:.1%}"]
+    return [score, f"{seconds:.1f}", f"{peak / 2**30:.2f}", f"{share:.1%}"]

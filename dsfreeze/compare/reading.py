@@ -197,6 +197,12 @@ def _recipes(grid: Grid) -> Iterator[Mistake]:
     drafts = [grid.draft_of(group, spec.seeds[0]) for group in groups]
     found = [resolve(draft) for draft in drafts]
     yield from (mistake for draft in drafts for mistake in draft.mistakes.values())
+    for draft, recipe in zip(drafts, found, strict=True):
+        if recipe.train.eval_strategy == "no":
+            yield (
+                draft.place(("train", "eval_strategy")),
+                "train.eval_strategy: no measures nothing; write end, steps or epoch",
+            )
     if not any(draft.mistakes for draft in drafts) and not is_local(found[0]):
         try:
             deepspeed_config(found[0], int(os.environ.get("WORLD_SIZE", "1")))

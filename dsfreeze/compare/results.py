@@ -17,7 +17,7 @@ from dsfreeze import __version__
 from dsfreeze.compare.reading import Cell, Grid
 from dsfreeze.errors import UserError
 from dsfreeze.files import sha256_of
-from dsfreeze.metrics import score
+from dsfreeze.metrics import METRICS, score
 from dsfreeze.record import RecordData
 from dsfreeze.state_file import State, differences, read_state, write_state
 
@@ -93,7 +93,7 @@ def measured(record: RecordData, metric: str) -> State:
     tokens = sum(line["tokens"] for line in record.steps)
     per_token = summary["flops_vs_full"] * summary["full_flops_per_token"]
     return {
-        "score": score(metric, numbers), "metrics": numbers, "seconds": _loop_seconds(record),
+        "score": _score(metric, numbers), "metrics": numbers, "seconds": _loop_seconds(record),
         "peak_bytes": summary["memory"]["peak"], "trainable": summary["trainable"], "total": summary["total"],
         "flops": per_token * tokens, "learning_rate": record.recipe["train"]["learning_rate"], "steps": summary["steps"],
     }  # fmt: skip
@@ -104,6 +104,12 @@ def held_out_score(record: RecordData) -> float | None:
     best = (record.summary or {}).get("early_stopping") or {}
     found: float | None = best.get("score")
     return found
+
+
+def _score(metric: str, numbers: Mapping[str, float | None]) -> float | None:
+    """None where the metric came out as no number, which a record has as null."""
+    known = {name: value for name, value in numbers.items() if value is not None}
+    return score(metric, known) if (METRICS[metric].headline or metric) in known else None
 
 
 def _loop_seconds(record: RecordData) -> float:

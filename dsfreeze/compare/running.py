@@ -17,6 +17,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -129,7 +130,7 @@ class Comparison:
     def _stands(self, cell: Cell) -> None:
         """A record without its end is a run that was stopped."""
         folder, outcome = self._folder("runs", cell.key), self.state["cells"][cell.key]
-        if outcome["status"] != "done" and holds_record(folder) and not (folder / SUMMARY).is_file():
+        if outcome["status"] in _OPEN and holds_record(folder) and not (folder / SUMMARY).is_file():
             outcome |= {"status": "interrupted", "reason": "its record has no end", "run": self._relative(folder)}
 
     # -- what is to run ----------------------------------------------------------------------------------------
@@ -149,6 +150,9 @@ class Comparison:
                 self._close(group, Result(found.status, f"its analysis: {found.reason}"))
                 return
             recipes = {seed: _with_scores(recipe, self._scores(group)) for seed, recipe in recipes.items()}
+        if refused := self._refused(recipes[self.spec.seeds[0]]):
+            self._close(group, refused)
+            return
         if self.spec.tuned:
             recipes = yield from self._tuned(number, group, recipes)
         yield [
@@ -161,18 +165,14 @@ class Comparison:
         recipe, method = self.grid.recipe(group, seed), group.method
         if method.match is None or method.to is None:
             return recipe
-        other = Group(group.model, group.task, self.spec.method(method.to), group.size)
-        return Match(
-            self.prices, recipe, self.grid.recipe(other, seed), method.match, (method.name, method.to)
-        ).matched()
+        other = self.grid.recipe(replace(group, method=self.spec.method(method.to)), seed)
+        return Match(self.prices, recipe, other, method.match, (method.name, method.to)).matched()
 
     def _scores(self, group: Group) -> Path:
         """Where the analysis of a group leaves what it measured."""
         size = group.key.rpartition("/")[2]
-        return (
-            self._folder("analyses", f"{group.model.name}/{group.task.name}/{size}/{group.method.kind.analyze}")
-            / SCORES
-        )
+        key = f"{group.model.name}/{group.task.name}/{size}/{group.method.kind.analyze}"
+        return self._folder("analyses", key) / SCORES
 
     def _analysis(self, number: int, group: Group, recipe: Recipe) -> Work:
         folder = self._scores(group).parent
@@ -199,7 +199,7 @@ class Comparison:
             )
 
         found = self.state["tuning"].get(group.key)
-        if found is None:
+        if found is None or found["learning_rate"] is None:  # never looked for, or all trials failed
             found = yield from search(self.spec.tune, trial)
             if found is None:
                 return {}
@@ -211,7 +211,6 @@ class Comparison:
             self._close(
                 group, Result("failed", f"none of its {len(found['trials'])} trials ended with a score: {reasons}")
             )
-            del self.state["tuning"][group.key]  # the next call tries again
             return {}
         return {seed: _at_rate(recipe, rate) for seed, recipe in recipes.items()}
 
@@ -225,10 +224,11 @@ class Comparison:
         return self.results.get(work.key)
 
     def bytes_of(self, work: Work) -> int | None:
-        if work.verb == "analyze":
-            return None
+        return None if work.verb == "analyze" else self._bytes(work.recipe)
+
+    def _bytes(self, recipe: Recipe) -> int | None:
         try:
-            return self.prices.peak(work.recipe) + LIBRARIES
+            return self.prices.peak(recipe) + LIBRARIES
         except (UserError, ImportError, OSError, RuntimeError):  # of a kind that cannot be priced
             return None
 
@@ -240,13 +240,13 @@ class Comparison:
         self.results[work.key] = self.processes.ended(work, code)
         return self.results[work.key]
 
-    def _refused(self, work: Work) -> Result | None:
-        """Of work that can never run: the model cannot have its plan, or memory is too small for it alone."""
+    def _refused(self, recipe: Recipe) -> Result | None:
+        """Of a run that can never be: the model cannot have its plan, or memory is too small for it alone."""
         try:
-            self.prices.plan(work.recipe)
+            self.prices.plan(recipe)
         except UserError as error:
             return Result("impossible", str(error))
-        size, memory = (self.bytes_of(work), self.queue.memory) if self.spec.memory is not None else (None, None)
+        size, memory = (self._bytes(recipe), self.queue.memory) if self.spec.memory is not None else (None, None)
         if size is None or memory is None or size <= memory:
             return None
         return Result("impossible", f"it takes {gib(size)} by prediction, and memory is {gib(memory)}")
@@ -266,6 +266,7 @@ class Comparison:
         """One result for all that a group has not done."""
         for seed in self.spec.seeds:
             cell = Cell(group, seed)
+            self.results[cell.key] = result
             if self._outcome(group, seed)["status"] != "done" and self._note(cell, result):
                 self._say(cell.key, result)
         self._write()
@@ -292,17 +293,16 @@ class Comparison:
 
     def _left(self) -> int:
         """Runs to come, trials with them."""
-        open_groups = {
-            group.key: group for group in self.grid.groups for seed in self.spec.seeds
-            if self._outcome(group, seed)["status"] in _OPEN
-        }  # fmt: skip
-        cells = sum(
-            self._outcome(group, seed)["status"] in _OPEN for group in open_groups.values() for seed in self.spec.seeds
-        )
+        cells = [cell for cell in self.cells.values() if self._is_open(cell)]
         if not self.spec.tuned:
-            return cells
-        trials = [self._trials_left(key) for key in open_groups if key not in self.state["tuning"]]
-        return cells + sum(trials)
+            return len(cells)
+        groups = {cell.group.key for cell in cells} - set(self.state["tuning"])
+        return len(cells) + sum(map(self._trials_left, groups))
+
+    def _is_open(self, cell: Cell) -> bool:
+        """Whether a cell is still to run; one that failed in an earlier call is."""
+        status = self._outcome(cell.group, cell.seed)["status"]
+        return status in _OPEN or (status == "failed" and cell.key not in self.results)
 
     def _trials_left(self, key: str) -> int:
         return self.spec.tune.trials - sum(name.startswith(f"tuning/{key}/") for name in self.results)
