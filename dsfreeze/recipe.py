@@ -36,6 +36,7 @@ DATA_KEYS: dict[str, tuple[str, ...]] = {
     "packing": ("sft",),
     "prefix": ("seq2seq",),
     "max_new_tokens": ("sft", "seq2seq"),
+    "held_out": tuple(task for task in TASKS if task != "preference"),  # a pair's reference is measured before the run
 }
 
 

@@ -83,6 +83,7 @@ class Queue:
         self.waiting: list[Work] = []
         self.running: dict[str, tuple[Work, Process, int | None]] = {}
         self.batches: list[_Batch] = []
+        self._sizes: dict[str, int | None] = {}
 
     def add(self, sources: Sequence[Source]) -> None:
         """Take in sources, each as far as it comes without running anything."""
@@ -119,7 +120,11 @@ class Queue:
 
     def _size(self, work: Work) -> int | None:
         """Bytes, where more than one may run; nothing is asked of who predicts where it would change nothing."""
-        return 0 if self.jobs == 1 else self.shop.bytes_of(work)
+        if self.jobs == 1:
+            return 0
+        if work.key not in self._sizes:
+            self._sizes[work.key] = self.shop.bytes_of(work)
+        return self._sizes[work.key]
 
     def _collect(self) -> None:
         ended = {key: code for key, (_, process, _) in self.running.items() if (code := process.poll()) is not None}
