@@ -49,8 +49,8 @@ class Layered:
         for place, sections in layers:
             for section, values in sections.items():
                 draft.values.setdefault(section, {}).update(values)
-                for key in values:
-                    draft.where[section, key] = self.place((*place, section, key))
+                for name in values:
+                    draft.where[section, name] = self.place((*place, section, name))
         return draft
 
     def own_keys(

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from dsfreeze.recipe_freeze import FREEZE_KEYS, SCORES_FORM, AdapterOptions, FreezeOptions, Strategy
 from dsfreeze.recipe_preference import PREFERENCE_KEYS, PreferenceOptions
 from dsfreeze.recipe_retain import MASKS_FILE, RetainOptions
-from dsfreeze.recipe_section import Limits, Section, Seed, Texts, checked_limits, refuse_unread
+from dsfreeze.recipe_section import Limits, Section, Seed, Texts, checked_limits, refuse_at, refuse_unread
 
 __all__ = [
     "DATA_KEYS", "FREEZE_KEYS", "SCORES_FORM", "TASKS", "AdapterOptions", "AnalyzeOptions", "DataOptions", "FreezeOptions", "ModelOptions",
@@ -311,14 +311,19 @@ class Recipe(Section):
         return self
 
     def _agree_on_held_out(self) -> None:
-        if self.data.held_out is not None and self.freeze.evict_prefix:
-            raise ValueError("data.held_out is evaluated on by the whole model; write freeze.evict_prefix: false")
-        if self.train.early_stopping_patience is None:
+        data, train = self.data, self.train
+        if data.held_out is not None and self.freeze.evict_prefix:
+            told = "is evaluated on by the whole model; drop it, or write freeze.evict_prefix: false"
+            refuse_at(self, ("data", "held_out"), data.held_out, told)
+        if train.early_stopping_patience is None:
             return
-        if self.data.held_out is None:
-            raise ValueError(
-                "train.early_stopping_patience needs data.held_out, rows of the training data to look at, such as 0.1: a run that "
-                "stops by its evaluation data has seen them"
+        if data.held_out is None:
+            told = (
+                "needs data.held_out, rows of the training data to look at, such as 0.1: a run that stops by its evaluation data has "
+                "seen them"
             )
-        if self.train.eval_strategy not in ("steps", "epoch"):
-            raise ValueError("train.early_stopping_patience needs train.eval_strategy steps or epoch")
+        elif train.eval_strategy not in ("steps", "epoch"):
+            told = "needs train.eval_strategy steps or epoch"
+        else:
+            return
+        refuse_at(self, ("train", "early_stopping_patience"), train.early_stopping_patience, told)

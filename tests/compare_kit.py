@@ -16,6 +16,7 @@ from tiny_runs import classification_data, llama_folder
 from dsfreeze import cli
 from dsfreeze.cli.known import anatomy_of
 from dsfreeze.compare import processes
+from dsfreeze.compare.pricing import Prices
 from dsfreeze.compare.reading import read_grid
 from dsfreeze.compare.running import run_grid
 from dsfreeze.recipe_yaml import dump_yaml
@@ -54,6 +55,11 @@ def without_times(state: dict[str, Any]) -> dict[str, Any]:
     """What is the same when the same is run again: nothing of how long it took, and of what the process held."""
     cells = {key: {k: v for k, v in cell.items() if k not in TIMES} for key, cell in state["cells"].items()}
     return json.loads(json.dumps({**state, "cells": cells}))
+
+
+def priced_at_once(monkeypatch: pytest.MonkeyPatch, size: int = 2**20) -> None:
+    """Take every run to need as much: to read what a model's passes store takes seconds."""
+    monkeypatch.setattr(Prices, "peak", lambda self, recipe: size)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare_kit import grid_file, run_here
+from compare_kit import grid_file, priced_at_once, run_here
 from rich.console import Console
 
 from dsfreeze import cli
@@ -78,6 +78,7 @@ def test_the_table() -> None:
 
 def test_a_job_array_runs_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Bash runs each task of the script with a python that notes its words; names and folders have blanks, quotes and dollars."""
+    priced_at_once(monkeypatch)
     folder = tmp_path / "a 'b' $HOME"
     folder.mkdir()
     noted = tmp_path / "noted"
@@ -112,6 +113,7 @@ def test_a_job_array_runs_what_is_left(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_jobs_that_have_ended_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """As an array's tasks would: the recipes that it wrote, trained one by one."""
+    priced_at_once(monkeypatch)
     path = str(grid_file(tmp_path))
     assert cli.run(["compare", path, "--launcher", "slurm"]) == 0
     for recipe in sorted((tmp_path / "out/recipes").rglob("*.yaml")):

@@ -63,7 +63,7 @@ def test_what_cannot_match_says_why(prices: Prices) -> None:
     with pytest.raises(UserError, match="above the model's width of 384"):
         match(prices, "parameters", recipe(strategy="full")).matched()
     with pytest.raises(UserError, match="no rank has so few"):
-        match(prices, "parameters", recipe(strategy="bitfit")).matched()
+        match(prices, "parameters", recipe(strategy="head")).matched()
     with pytest.raises(UserError, match="rank 1 takes"):
         match(prices, "memory", recipe(strategy="head")).matched()
 

@@ -46,7 +46,7 @@ def changed(index: int, **more: Any) -> list[dict[str, Any]]:
     ({"methods": [{"name": "full", "freeze": {"seed": 3}}]}, r"methods\[0\].freeze.seed: the comparison sets it; write seeds"),
     ({"methods": [{"name": "bottom50", "freeze": {"fracton": 3}}]}, r"freeze.fracton: unknown key. Did you mean 'fraction'"),
     ({"methods": [{"name": "mine", "freeze": {"strategy": "botom"}}]}, "Did you mean 'bottom'"),
-    ({"train": {"early_stopping_patience": 3}}, "train.early_stopping_patience needs data.held_out"),
+    ({"train": {"early_stopping_patience": 3}}, "train.early_stopping_patience: needs data.held_out"),
     ({"zero": "zero9"}, "zero9"),
 ])  # fmt: skip
 def test_mistakes(read: Any, changes: dict[str, Any], message: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare_kit import QUIET, TIMES, TRAIN, compare, grid_file, run_here, without_times
+from compare_kit import QUIET, TIMES, TRAIN, compare, grid_file, priced_at_once, run_here, without_times
 
 from dsfreeze.cli.known import anatomy_of
 from dsfreeze.compare import processes, running
@@ -30,7 +30,7 @@ KEY = "tiny/letters/{}/size-all/seed-{}"
 def by_hand(folder: Path, out: str, seed: int, **freeze: Any) -> Recipe:
     data = {
         "train": str(folder / "data/train.jsonl"), "eval": str(folder / "data/eval.jsonl"), "text": "text", "label": "label",
-        "num_labels": 3, "max_length": 64, "max_train_examples": 3200,
+        "num_labels": 3, "max_length": 64, "max_train_examples": 3200, "metrics": ["accuracy"],
     }  # fmt: skip
     options = {**TRAIN, "seed": seed, "output_dir": str(folder / out), "save_strategy": "no", "export": False}
     values = {
@@ -118,6 +118,7 @@ def test_a_killed_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_half_written_record_is_shown_as_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen by what writes jobs, which runs nothing."""
+    priced_at_once(monkeypatch)
     path = grid_file(tmp_path)
     recipe = by_hand(tmp_path, "out/runs/" + KEY.format("full", 7), 7, strategy="full")
     train(recipe, QUIET)
@@ -180,6 +181,7 @@ PRETEND = "import os, signal, sys; os.kill(os.getpid(), 9) if 'full' in sys.argv
 
 def test_real_processes_that_die_do_not_end_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One kills itself as `kill -9` would, the other says why it ends; no shell is asked."""
+    priced_at_once(monkeypatch)
     monkeypatch.setattr(processes, "command_of", lambda work, recipe: [sys.executable, "-c", PRETEND, work.key])
     cells = compare(grid_file(tmp_path), "jobs=2")["cells"]
     assert [cell["status"] for cell in cells.values()] == ["failed", "failed"]
@@ -245,9 +247,10 @@ def test_another_comparison_is_refused_and_a_longer_one_goes_on(
 
 def test_memory_too_small_for_a_run_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_here(monkeypatch)
-    cells = compare(grid_file(tmp_path, methods=["full"]), "memory=1MiB")["cells"]
+    priced_at_once(monkeypatch)
+    cells = compare(grid_file(tmp_path, methods=["full"]), "memory=700MiB")["cells"]
     assert cells[KEY.format("full", 7)]["status"] == "impossible"
-    assert "by prediction, and memory is" in cells[KEY.format("full", 7)]["reason"]
+    assert cells[KEY.format("full", 7)]["reason"] == "it takes 769.00 MiB by prediction, and memory is 700.00 MiB"
 
 
 def test_a_model_that_is_not_there_is_a_mistake_before_anything(tmp_path: Path) -> None:
@@ -259,7 +262,7 @@ def test_a_model_that_is_not_there_is_a_mistake_before_anything(tmp_path: Path) 
 def test_methods_that_need_an_analysis_have_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One for all seeds; the plan is the one that the analysis's own file gives."""
     seen = run_here(monkeypatch)
-    state = compare(grid_file(tmp_path, methods=["spectrum", "salf"], seeds=[7, 8]))
+    state = compare(grid_file(tmp_path, methods=["spectrum", "salf"], seeds=[7, 8], analyze={"num_examples": 16}))
     assert [words[0] for words in seen] == ["analyze", "analyze", "train", "train", "train", "train"]
     assert {cell["status"] for cell in state["cells"].values()} == {"done"}
     scores = tmp_path / "out/analyses/tiny/letters/size-all/snr/scores.json"

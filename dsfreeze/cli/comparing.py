@@ -73,9 +73,9 @@ def means_table(state: dict[str, Any]) -> Any:
     for cell in state["cells"].values():
         names = (cell["model"], cell["task"], str(cell["size"] or "all"), cell["method"])
         groups.setdefault(names, []).append(cell)
-    for names, cells in groups.items():
+    for group, cells in groups.items():
         done = [cell for cell in cells if cell["status"] == "done"]
-        table.add_row(*map(escape, names), f"{len(done)}/{len(cells)}", *_figures(done))
+        table.add_row(*map(escape, group), f"{len(done)}/{len(cells)}", *_figures(done))
     return table
 
 

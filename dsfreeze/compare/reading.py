@@ -29,6 +29,8 @@ OWN_KEYS = {
     ("train", "resume_from_checkpoint"): "nothing: a comparison always goes on where it was stopped",
     ("data", "max_train_examples"): "sizes", ("data", "metrics"): "metric, of a task", ("freeze", "seed"): "seeds",
     ("freeze", "prefix_cache"): "prefix_cache", ("freeze", "prefix_cache_dir"): "prefix_cache",
+    ("analyze", "scores"): "nothing: a method says what it needs", ("analyze", "recommend"): "nothing: a method says what it needs",
+    ("analyze", "output_dir"): "output_dir",
 }  # fmt: skip
 #: The folder of prefix caches, below output_dir.
 PREFIX = "prefix"
@@ -106,7 +108,7 @@ class Grid(Layered):
         }  # fmt: skip
         layers: list[Layer] = [
             (("protocol",), PROTOCOLS[spec.protocol]),
-            ((), {"data": spec.data, "train": spec.train}),
+            ((), {"data": spec.data, "train": spec.train, "analyze": spec.analyze}),
             (at["models"], {"data": model.data, "train": model.train}),
             (at["tasks"], {"data": task.data, "train": task.train}),
             (at["methods"], {"freeze": _placeholder(method)}),

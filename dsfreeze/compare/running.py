@@ -35,7 +35,7 @@ from dsfreeze.errors import UserError
 from dsfreeze.interrupt import Interrupt, Interrupted
 from dsfreeze.layered import refuse
 from dsfreeze.planner.request import ReadAnatomy
-from dsfreeze.recipe import AnalyzeOptions, FreezeOptions, Recipe
+from dsfreeze.recipe import FreezeOptions, Recipe
 from dsfreeze.record import SUMMARY, holds_record
 from dsfreeze.state_file import State
 from dsfreeze.tables import gib
@@ -175,11 +175,9 @@ class Comparison:
         return self._folder("analyses", key) / SCORES
 
     def _analysis(self, number: int, group: Group, recipe: Recipe) -> Work:
-        folder = self._scores(group).parent
-        score = str(group.method.kind.analyze)
-        update = {
-            "freeze": FreezeOptions(strategy="full"), "analyze": AnalyzeOptions(scores=[score], recommend=score, output_dir=folder),
-        }  # fmt: skip
+        folder, score = self._scores(group).parent, group.method.kind.analyze
+        analysis = recipe.analyze.model_copy(update={"scores": [score], "recommend": score, "output_dir": folder})
+        update = {"freeze": FreezeOptions(strategy="full"), "analyze": analysis}
         return Work(self._relative(folder), recipe.model_copy(update=update), "analyze", order=(0, 0, number))
 
     def _tuned(

@@ -161,6 +161,8 @@ class Spec(Section):
     """`data:` of a recipe, for all runs."""
     train: dict[str, Any] = {}
     """`train:` of a recipe, for all runs."""
+    analyze: dict[str, Any] = {}
+    """`analyze:` of a recipe, for methods that need an analysis: num_examples, batch_size ..."""
     zero: str = "zero2"
     """As in a recipe."""
     prefix_cache: Literal["off", "disk", "auto"] = "off"
