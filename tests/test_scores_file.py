@@ -264,7 +264,9 @@ def test_categories_without_a_score_train(tmp_path: Path) -> None:
     path = tmp_path / "scores.json"
     path.write_text(json.dumps({"scores": {name: float(n) for n, name in enumerate(matrices)}}), encoding="utf-8")
     plan = make_plan(anatomy, FreezeOptions(strategy="ranked", granularity="category", fraction=0.5, scores=path))
-    lower = {t.name for layer in anatomy.blocks[:3] for t in layer.tensors if t.category != "norm" and len(t.shape) == 2}
+    lower = {
+        t.name for layer in anatomy.blocks[:3] for t in layer.tensors if t.category != "norm" and len(t.shape) == 2
+    }
     still = {t.name for t in anatomy.block_tensors} - plan.ever_trained
     assert {name for name in still if name in matrices} == lower
     assert not {t.name for t in anatomy.block_tensors if t.category == "norm"} & still

@@ -55,12 +55,11 @@ def _study(options: TuneOptions) -> Any:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    samplers = {
-        "grid": lambda: optuna.samplers.RandomSampler(options.seed),  # what is enqueued goes first, and that is all
-        "random": lambda: optuna.samplers.RandomSampler(options.seed),
-        "tpe": lambda: optuna.samplers.TPESampler(n_startup_trials=max(2, options.trials // 3), seed=options.seed),
-    }
-    study = optuna.create_study(direction="maximize", sampler=samplers[options.sampler]())
+    if options.sampler == "tpe":
+        sampler: Any = optuna.samplers.TPESampler(n_startup_trials=max(2, options.trials // 3), seed=options.seed)
+    else:  # of a grid, what is enqueued goes first, and that is all
+        sampler = optuna.samplers.RandomSampler(options.seed)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
     for rate in rates(options) if options.sampler == "grid" else ():
         study.enqueue_trial({RATE: rate})
     return study
