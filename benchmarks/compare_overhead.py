@@ -43,14 +43,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         state = run_grid(read_grid(RECIPE, [f"output_dir={folder}", *sys.argv[1:]]), anatomy_of, Console(stderr=True))
-        wall = time.perf_counter() - began
+        wall, cpu = time.perf_counter() - began, time.process_time()
     loops = [cell["seconds"] for cell in state["cells"].values() if cell["seconds"] is not None]
     own = wall - sum(seconds)
     write(
         __file__,
         {
-            "machine": machine(), "runs": len(seconds), "wall_seconds": wall, "processes_seconds": sum(seconds), "loops_seconds": sum(loops),
-            "comparison_seconds": own, "comparison_cpu_seconds": time.process_time(), "share_of_processes": own / sum(seconds), "share_of_loops": own / sum(loops),
+            "machine": machine(), "overrides": sys.argv[1:], "runs": len(seconds), "wall_seconds": wall, "processes_seconds": sum(seconds), "loops_seconds": sum(loops),
+            "comparison_seconds": own, "comparison_cpu_seconds": cpu, "share_of_processes": own / sum(seconds), "share_of_loops": own / sum(loops),
         },
     )  # fmt: skip
 
