@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -210,17 +211,17 @@ def test_a_signal_ends_what_runs_and_says_so(tmp_path: Path, monkeypatch: pytest
 
 
 def test_two_comparisons_do_not_share_a_folder(tmp_path: Path) -> None:
-    """Nor does one begin while a run of a killed one is alive: the process below holds the lock as a run does."""
+    """Nor does one begin while a run of a killed one is alive: the process below is started as a run is."""
     path = grid_file(tmp_path)
     with processes.alone(tmp_path / "out") as lock:
         with pytest.raises(UserError, match="Another comparison is at work"):
             compare(path)
-        child = subprocess.Popen([sys.executable, "-c", SLOW], pass_fds=(lock,))
+        child = processes.launch([sys.executable, "-c", SLOW], subprocess.DEVNULL, lock, 1)
     try:
         with pytest.raises(UserError, match="or a run that a killed one left behind"):
             compare(path)
     finally:
-        child.kill()
+        child.terminate()
         child.wait()
 
 
@@ -239,6 +240,10 @@ def test_another_comparison_is_refused_and_a_longer_one_goes_on(
     assert len(seen) == 4
     assert {key: more["cells"][key] for key in first["cells"]} == first["cells"]
     assert more["cells"]["tiny/letters/full/size-8/seed-7"]["size"] == 8
+    del seen[:]
+    shutil.rmtree(tmp_path / "out/runs" / KEY.format("full", 7))  # its outcome is known without it
+    compare(path, "methods=[full]", "seeds=[7, 8]")
+    assert [words[0] for words in seen] == ["train"]
     with (tmp_path / "data/eval.jsonl").open("a") as file:
         file.write('{"text": "xa", "label": 0}\n')
     with pytest.raises(UserError, match=r"the file letters.eval"):
