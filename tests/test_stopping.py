@@ -127,6 +127,17 @@ def test_what_trained_after_the_best_goes_back_too(tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_prefix_cache_changes_nothing(tmp_path: Path) -> None:
+    """Held-out rows pass the whole model, and so do the evaluation's once other weights are back."""
+    plain = train(recipe(tmp_path, per_device_train_batch_size=12, output_dir=str(tmp_path / "plain")), QUIET)
+    cached = recipe(tmp_path, per_device_train_batch_size=12)
+    freeze = cached.freeze.model_copy(update={"prefix_cache": "memory"})
+    summary = train(cached.model_copy(update={"freeze": freeze}), QUIET)
+    assert summary["prefix_cache"]["hits"]
+    assert summary["early_stopping"] == plain["early_stopping"]
+    assert summary["metrics"]["after"] == pytest.approx(plain["metrics"]["after"], rel=1e-4)
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"data": {"held_out": None}}, "needs data.held_out"), ({"eval_strategy": "end"}, "needs train.eval_strategy steps or epoch"),
 ])  # fmt: skip
