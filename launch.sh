@@ -2,7 +2,7 @@
 # Set up and launch dsfreeze.
 #   ./launch.sh                                     install, then the quickstart
 #   ./launch.sh test [pytest options]               install what tests need, then lint, types, tests, notebooks
-#   ./launch.sh [analyze] [launcher options] recipe.yaml [key=value ...]    train (where it has `tasks:` or `suite:`, in sequence), or analyze
+#   ./launch.sh [analyze] [launcher options] recipe.yaml [key=value ...]    train, or analyze; with `tasks:` or `suite:` in sequence, with `models:` compare
 # Every option of the deepspeed launcher passes through: --num_gpus --num_nodes --hostfile --include --master_port ...
 # Environment: PYTHON (python3), DSFREEZE_VENV (.venv), OMP_NUM_THREADS.
 set -euo pipefail
@@ -46,8 +46,9 @@ esac
 verb=train launcher=(); if [[ $1 == analyze ]]; then verb=analyze; shift; fi
 while [[ $# -gt 0 && $1 != *.yaml && $1 != *.yml ]]; do launcher+=("$1"); shift; done
 [[ $# -gt 0 ]] || { echo "No recipe given. Usage: ./launch.sh [analyze] [launcher options] recipe.yaml [key=value ...]" >&2; exit 2; }
-[[ $verb != train || ! -f $1 ]] || case $'\n'$(<"$1") in *$'\n'tasks:* | *$'\n'suite:*) verb=continual ;; esac
+[[ $verb != train || ! -f $1 ]] || case $'\n'$(<"$1") in *$'\n'models:*) verb=compare ;; *$'\n'tasks:* | *$'\n'suite:*) verb=continual ;; esac
 install models
+[[ $verb != compare ]] || exec "$python" -m dsfreeze compare ${launcher[@]+"${launcher[@]}"} "$@"  # it starts its runs itself
 # Without a GPU the deepspeed launcher cannot count devices: one rank, unless told otherwise.
 chosen=no
 for option in ${launcher[@]+"${launcher[@]}"}; do case $option in --num*|--inc*|--exc*|--host*|-[ieH]*) chosen=yes ;; esac; done

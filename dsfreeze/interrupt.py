@@ -50,3 +50,10 @@ class Interrupted(Exception):
             f"{name} after step {step}: wrote {checkpoint}. Continue with train.resume_from_checkpoint=true."
         )
         self.exit_code = 128 + number
+
+    @classmethod
+    def of(cls, number: int, what_to_do: str) -> Interrupted:
+        """That a signal ended many runs, each with its checkpoint."""
+        found = cls(number, 0, "")
+        found.args = (f"{signal.Signals(number).name}. {what_to_do}",)
+        return found

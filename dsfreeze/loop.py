@@ -43,6 +43,7 @@ from dsfreeze.recipe import Recipe
 from dsfreeze.reference import measure_reference, recall_reference
 from dsfreeze.saving import find_start, save_checkpoint, save_model
 from dsfreeze.schedule import learning_rate_schedule, rates_at
+from dsfreeze.stopping import EarlyStopping
 from dsfreeze.trackers import require_trackers
 
 
@@ -81,6 +82,7 @@ class Run:
         self.prefix = PrefixCache(job, ranks, self.console, self.total, self.loader.steps_per_epoch)
         self.steps = ReadAhead(self.loader, self.prefix)
         self.terms: list[Term] = []
+        self.stopping = EarlyStopping(job)
         self.step = 0
         self.metrics: dict[str, dict[str, float]] = {}
         self.seconds: list[float] = []
@@ -125,6 +127,7 @@ class Run:
         self.steps.load_state_dict(state["loader"])
         self.phases.load_state_dict(state["phases"])
         self.metrics.update(state["metrics"])
+        self.stopping.load_state_dict(state["stopping"])
         self.step, self.loss = found.step, state["loss"]
         self.console.print(f"resumed from {found.folder}", highlight=False)
 
@@ -142,7 +145,7 @@ class Run:
                 self._evaluate(engine, "before")
             self.before = engine.memory(reset_peak=True)
             with StepBar(self.console, self.total, self.step, self.options.logging_steps, shown=self.leader) as bar:
-                while self.step < self.total:
+                while self.step < self.total and not self.stopping.over:
                     self._one_step(engine, next(self.steps), interrupt, bar)
         # from here on a signal acts at once: the last step is saved, and resuming does what is left
         memory = engine.memory()
@@ -150,7 +153,7 @@ class Run:
             self.phases.look(engine, self.step)
         for term in self.terms:
             term.finish(engine)
-        self._evaluate(engine, "after")
+        self._evaluate(engine, "after", cached=not self.stopping.go_back(engine, self.step))
         return self._finish(engine, memory)
 
     def _one_step(self, engine: Engine, ready: Ready, interrupt: Interrupt, bar: StepBar) -> None:
@@ -200,15 +203,16 @@ class Run:
         self._between_steps(engine, step.last_of_epoch)
 
     def _between_steps(self, engine: Engine, epoch_ended: bool) -> None:
-        o, step = self.options, self.step
+        o, step, last = self.options, self.step, self.step == self.total
         if epoch_ended:
             self.prefix.share(engine)
-        if step == self.total:  # as transformers does, the last step is saved whatever save_steps says
+        due = (o.eval_strategy == "steps" and step % o.eval_steps == 0) or (o.eval_strategy == "epoch" and epoch_ended)
+        if (due and not last) or (self.stopping.patience and (due or last)):
+            self._evaluate(engine, f"step {step}", between=True)
+        if last or self.stopping.over:  # as transformers does, the last step is saved whatever save_steps says
             if o.save_strategy != "no":
                 self._save(engine)
             return
-        if (o.eval_strategy == "steps" and step % o.eval_steps == 0) or (o.eval_strategy == "epoch" and epoch_ended):
-            self._evaluate(engine, f"step {step}")
         if (o.save_strategy == "steps" and step % o.save_steps == 0) or (o.save_strategy == "epoch" and epoch_ended):
             self._save(engine)
 
@@ -217,15 +221,20 @@ class Run:
         arounds = {part: partial(self.prefix.around, engine, of, counts=False) for part, of in rows.items()}
         measure_reference(engine, self.job, arounds, watched(self.console, "measuring the reference"))
 
-    def _evaluate(self, engine: Engine, when: str) -> None:
-        if self.job.data.eval is None or self.options.eval_strategy == "no":
+    def _evaluate(self, engine: Engine, when: str, *, between: bool = False, cached: bool = True) -> None:
+        """`between` steps on what is held out of the training data, if anything is. `cached`: what the prefix's cache holds is of these
+        weights."""
+        data = (self.job.data.held_out if between else None) or self.job.data
+        if data.eval is None or self.options.eval_strategy == "no":
             return
-        self.metrics[when] = evaluate(
-            engine, self.job.data, self.job.recipe, partial(self.prefix.around, engine, self.prefix.eval)
-        )
+        own = cached and data is self.job.data
+        around = partial(self.prefix.around, engine, self.prefix.eval) if own else None
+        self.metrics[when] = evaluate(engine, data, self.job.recipe, around)
         self.journal.evaluation(when, self.step, self.metrics[when])
         figures = "  ".join(f"{name} {value:.4g}" for name, value in self.metrics[when].items())
         self.console.print(f"[bold]evaluation[/] {when}: {figures}", highlight=False)
+        if between and self.stopping.patience:
+            self.stopping.judge(engine, self.step, self.metrics[when])
 
     # -- the end -----------------------------------------------------------------------------------------------
 
@@ -233,6 +242,7 @@ class Run:
         state = {
             "loader": self.steps.state_dict(), "global_batch_size": self.loader.global_batch_size,
             "metrics": self.metrics, "loss": self.loss, "phases": self.phases.state_dict(), "num_steps": self.total,
+            "stopping": self.stopping.state_dict(),
         }  # fmt: skip
         folder = save_checkpoint(engine, self.job, self.step, state)
         self.journal.event("checkpoint", step=self.step, folder=folder.name)
@@ -245,6 +255,8 @@ class Run:
         if self.options.export:
             summary["model"] = str(save_model(engine, self.job, self.metrics.get("after", {})))
         together(lambda: self.journal.summary(summary))
+        if self.leader:
+            self.stopping.drop()
         return engine.gather(summary)[0]
 
     def _predicted(self, engine: Engine, memory: Memory) -> dict[str, Any] | None:
@@ -280,7 +292,8 @@ class Run:
             "seconds_per_step": statistics.median(steady) if steady else None, "memory": {**asdict(memory), "peak": peak},
             "never_moved": list(self.phases.still), "switches": self.phases.switches,
             "seconds_switching": self.phases.seconds_switching, "prefix_cache": self._prefix_summary(engine),
-            "selection": {**selection, "peak_after": memory.peak} if selection["decisions"] else None, "record": str(job.output_dir), "model": None,
+            "selection": {**selection, "peak_after": memory.peak} if selection["decisions"] else None,
+            "early_stopping": self.stopping.summary(), "record": str(job.output_dir), "model": None,
         }  # fmt: skip
 
     def _prefix_summary(self, engine: Engine) -> dict[str, Any] | None:

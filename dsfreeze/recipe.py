@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from dsfreeze.recipe_freeze import FREEZE_KEYS, SCORES_FORM, AdapterOptions, FreezeOptions, Strategy
 from dsfreeze.recipe_preference import PREFERENCE_KEYS, PreferenceOptions
 from dsfreeze.recipe_retain import MASKS_FILE, RetainOptions
-from dsfreeze.recipe_section import Limits, Section, Seed, Texts, checked_limits, refuse_unread
+from dsfreeze.recipe_section import Limits, Section, Seed, Texts, checked_limits, refuse_at, refuse_unread
 
 __all__ = [
     "DATA_KEYS", "FREEZE_KEYS", "SCORES_FORM", "TASKS", "AdapterOptions", "AnalyzeOptions", "DataOptions", "FreezeOptions", "ModelOptions",
@@ -36,6 +36,7 @@ DATA_KEYS: dict[str, tuple[str, ...]] = {
     "packing": ("sft",),
     "prefix": ("seq2seq",),
     "max_new_tokens": ("sft", "seq2seq"),
+    "held_out": tuple(task for task in TASKS if task != "preference"),  # a pair's reference is measured before the run
 }
 
 
@@ -85,6 +86,11 @@ class DataOptions(Section):
     """Train on a seeded sample of this many examples."""
     max_eval_examples: Annotated[int, Field(ge=1)] | None = None
     """Evaluate on the first so many examples."""
+    held_out: Annotated[float, Field(gt=0)] | None = None
+    """Set this much of the training data aside, a share below 1 or a number of rows, and evaluate on it, not on `eval`, while training
+    (eval_strategy steps and epoch)."""
+    held_out_seed: Seed = 0
+    """Draws the rows that are set aside, before max_train_examples draws from the others: the same ones whatever train.seed."""
     prefix: str = ""
     """seq2seq: text before every source ("translate English to German: ")."""
     metrics: Texts | None = None
@@ -143,6 +149,9 @@ class TrainOptions(Section):
     """When to evaluate during training (before and after are `end`)."""
     eval_steps: Annotated[int, Field(ge=1)] = 500
     """Steps between evaluations, with eval_strategy steps."""
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+    """End after so many evaluations in a row that are no better than the best (by the first of data.metrics), and go back to the best
+    one's weights. Looks at data.held_out alone, never at data.eval."""
     save_strategy: Literal["no", "steps", "epoch"] = "steps"
     """When to write checkpoint-N."""
     save_steps: Annotated[int, Field(ge=1)] = 500
@@ -298,4 +307,23 @@ class Recipe(Section):
     def _agree(self) -> Recipe:
         refuse_unread(self.data, DATA_KEYS, "task", self.task, inside="data")
         refuse_unread(self.preference, PREFERENCE_KEYS, "task", self.task, inside="preference")
+        self._agree_on_held_out()
         return self
+
+    def _agree_on_held_out(self) -> None:
+        data, train = self.data, self.train
+        if data.held_out is not None and self.freeze.evict_prefix:
+            told = "is evaluated on by the whole model; drop it, or write freeze.evict_prefix: false"
+            refuse_at(self, ("data", "held_out"), data.held_out, told)
+        if train.early_stopping_patience is None:
+            return
+        if data.held_out is None:
+            told = (
+                "needs data.held_out, rows of the training data to look at, such as 0.1: a run that stops by its evaluation data has "
+                "seen them"
+            )
+        elif train.eval_strategy not in ("steps", "epoch"):
+            told = "needs train.eval_strategy steps or epoch"
+        else:
+            return
+        refuse_at(self, ("train", "early_stopping_patience"), train.early_stopping_patience, told)

@@ -40,6 +40,12 @@ class Section(BaseModel):
     )
 
 
+def refuse_at(section: Section, where: tuple[str, ...], value: Any, text: str) -> None:
+    """Raise one error about the key at `where`, inside `section`."""
+    told = InitErrorDetails(type="value_error", loc=where, input=value, ctx={"error": ValueError(text)})
+    raise ValidationError.from_exception_data(type(section).__name__, [told])
+
+
 def refuse_unread(
     section: Section, keys: dict[str, tuple[str, ...]], chooser: str, chosen: str, *, inside: str = ""
 ) -> None:

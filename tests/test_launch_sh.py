@@ -86,6 +86,13 @@ def test_a_sequence_of_tasks_is_known_by_its_keys(checkout, key):
     assert checkout.calls() == [[*launched, "continual", file.name, "seeds=1"], [*launched, "train", file.name]]
 
 
+def test_a_comparison_starts_its_runs_itself(checkout):
+    file = checkout.root.parent / "my grid.yaml"
+    file.write_text("models: [m]\ntasks: []\n", encoding="utf-8")
+    assert checkout.run("--launcher", "slurm", file.name, "seeds=1").stderr == ""
+    assert checkout.calls() == [["-m", "dsfreeze", "compare", "--launcher", "slurm", file.name, "seeds=1"]]
+
+
 def test_without_a_gpu_one_rank_is_chosen_and_told(checkout):
     done = checkout.run("--master_port", "29501", "r.yml")
     assert checkout.calls() == [[*TRAIN, "--master_port", "29501", "--num_accelerators", "1", *MODULE, "r.yml"]]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dsfreeze import recipe_yaml
+from dsfreeze.compare.reading import read_grid
 from dsfreeze.continual.reading import read_course
 from dsfreeze.errors import UserError
 from dsfreeze.metrics import METRICS
@@ -389,8 +390,9 @@ def test_a_resolved_recipe_is_read_again(words, written):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.stem)
 def test_shipped_recipes_are_read(file):
-    """A sequence of tasks makes recipes too."""
-    assert read_course(file).spec.model if file.stem == "continual" else load_recipe(file).model.name
+    """A sequence of tasks makes recipes too, and so does a comparison."""
+    read = {"continual": read_course, "compare_quick": read_grid}.get(file.stem, load_recipe)
+    assert read(file)
 
 
 def test_both_halves_of_the_quickstart_are_read():
@@ -550,6 +552,8 @@ def test_overrides_that_the_pages_show_are_read(line):
     assert words
     if line.startswith("dsfreeze continual "):
         read_course(ROOT / "recipes/continual.yaml", words)
+    elif line.startswith("dsfreeze compare "):
+        read_grid(ROOT / "recipes/compare_quick.yaml", words)
     else:
         load_recipe(None, ["model=minilm-l6", *words])
 

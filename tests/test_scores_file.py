@@ -255,3 +255,18 @@ def test_any_bytes_give_scores_or_a_user_error(content, tmp_path):
     path.write_bytes(content)
     with contextlib.suppress(UserError):
         assert isinstance(read_scores(path, None, LLAMA), dict)
+
+
+def test_categories_without_a_score_train(tmp_path: Path) -> None:
+    """By hand: of each kind of matrix the half with the lower score freezes, and the norms, which a score of matrices has not, train."""
+    anatomy = load_shipped("minilm-l6").for_task("classification", 2)
+    matrices = [t.name for t in anatomy.block_tensors if len(t.shape) == 2]
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps({"scores": {name: float(n) for n, name in enumerate(matrices)}}), encoding="utf-8")
+    plan = make_plan(anatomy, FreezeOptions(strategy="ranked", granularity="category", fraction=0.5, scores=path))
+    lower = {
+        t.name for layer in anatomy.blocks[:3] for t in layer.tensors if t.category != "norm" and len(t.shape) == 2
+    }
+    still = {t.name for t in anatomy.block_tensors} - plan.ever_trained
+    assert {name for name in still if name in matrices} == lower
+    assert not {t.name for t in anatomy.block_tensors if t.category == "norm"} & still

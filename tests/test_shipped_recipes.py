@@ -24,10 +24,12 @@ METRICS = {
 
 #: Sequences of tasks, which tests/test_continual_cli.py runs.
 SEQUENCES = {"continual"}
+#: Comparisons, which tests/test_compare_cli.py runs.
+COMPARISONS = {"compare_quick"}
 
 
 def test_there_is_a_case_for_every_recipe():
-    assert {path.stem for path in (ROOT / "recipes").glob("*.yaml")} == {*METRICS, *SEQUENCES}
+    assert {path.stem for path in (ROOT / "recipes").glob("*.yaml")} == {*METRICS, *SEQUENCES, *COMPARISONS}
 
 
 @pytest.mark.slow

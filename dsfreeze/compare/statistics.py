@@ -17,6 +17,8 @@ from dsfreeze.compare.resampling import Interval, intervals
 
 #: Of resampling; any would do, and it must not change.
 SEED = 20061
+#: Tested against every other method where a comparison has it.
+BASELINE = "full"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class Summary:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
+
+
+def baseline(cells: Cells) -> str | None:
+    """The method that every other is tested against beside the tests of all pairs; None where it is not compared."""
+    return BASELINE if any(cell["method"] == BASELINE for cell in cells.values()) else None
 
 
 def summarise(cells: Cells, alpha: float = ALPHA, seed: int = SEED, against: str | None = None) -> Summary:

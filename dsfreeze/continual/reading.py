@@ -7,7 +7,7 @@ stands where its key does: in a task, a method, or the part that all have in com
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from dsfreeze.continual.methods import ROUND_KEYS
-from dsfreeze.continual.spec import COMMON, DEFAULT_METRICS, Measured, MethodSpec, ProbeSpec, Spec, TaskSpec
+from dsfreeze.continual.spec import COMMON, Measured, MethodSpec, ProbeSpec, Spec, TaskSpec
 from dsfreeze.continual.trace import suite_values
-from dsfreeze.errors import UserError, did_you_mean
-from dsfreeze.metrics import METRICS, kind_of
+from dsfreeze.errors import UserError
+from dsfreeze.layered import Layer, Layered, checked, override, read_values, refuse
+from dsfreeze.named import DEFAULT_METRICS
 from dsfreeze.recipe import FREEZE_KEYS, TASKS, Recipe, TrainOptions
-from dsfreeze.recipe_reader import COMMAND_LINE, Draft, locate, report, resolve
-from dsfreeze.recipe_yaml import Key, parse_value, parse_yaml, read_file
-from dsfreeze.section_reader import dotted, problems
+from dsfreeze.recipe_reader import Draft, report, resolve
+from dsfreeze.recipe_yaml import Key
+from dsfreeze.section_reader import problems
 from dsfreeze.zero_config import deepspeed_config, is_local
 
 #: Keys of a recipe that a sequence sets itself, and the key to write instead.
@@ -33,8 +34,6 @@ OWN_KEYS = {
     ("retain", "memory"): "nothing: rounds hand their memory on", ("retain", "remember"): "nothing: rounds hand their memory on",
     ("data", "metrics"): "metric, of a task",
 }  # fmt: skip
-#: Where in the file something stands, and what of a recipe it says.
-Layer = tuple[Key, Mapping[str, Mapping[str, Any]]]
 #: Keys that say what lies below a file.
 _SUITE = ("suite", "folder")
 #: Tasks whose models are the same: a decoder of text. Any other task has a head, or a model, of its own.
@@ -42,29 +41,18 @@ TEXT_TASKS = ("sft", "causal_lm", "preference")
 
 
 @dataclass(frozen=True)
-class Course:
-    """A sequence and where its keys stand; makes its recipes. `folder` is the file's."""
+class Course(Layered):
+    """A sequence and where its keys stand; makes its recipes."""
 
-    spec: Spec
-    origin: str = "tasks.yaml"
-    folder: Path | None = None
-    where: Mapping[Key, str] = field(default_factory=dict)
+    spec: Spec = field(kw_only=True)
 
     def round_recipe(self, task: TaskSpec, method: MethodSpec, number: int = 1, seed: int = 0, draw: int = 0) -> Recipe:
         """Round `number` (from 1) of a method on a task; its files and its model are still those of the task and of the start."""
-        return _checked(self.round_draft(task, method, number, seed, draw))
+        return checked(self.round_draft(task, method, number, seed, draw))
 
     def measure_recipe(self, measured: Measured) -> Recipe:
         """The evaluation of the start model on a task or probe."""
-        return _checked(self.measure_draft(measured))
-
-    def place(self, key: Key) -> str:
-        """Where `key` stands in the file, or what is inside it, or what is around it."""
-        return Draft(self.origin, where=dict(self.where)).place(key)
-
-    def located(self, source: str) -> str:
-        """Where data that a task names lies; see `recipe_reader.locate`."""
-        return locate(source, self.folder)
+        return checked(self.measure_draft(measured))
 
     def draws(self, method: MethodSpec) -> bool:
         """Whether what trains is drawn, so that there is a run for each draw."""
@@ -102,21 +90,9 @@ class Course:
         return draft
 
     def _draft(self, layers: Sequence[Layer], measured: Measured) -> Draft:
-        draft = Draft(self.origin, self.folder)
-        draft.values |= {"model": self.spec.model, "zero": self.spec.zero, "task": self.spec.task_of(measured)}
-        for name in ("model", "zero"):
-            self._place(draft, (name,), (name,))
-        self._place(draft, (*self._key("tasks", measured), "task"), ("task",))
-        for place, sections in layers:
-            for section, values in sections.items():
-                draft.values.setdefault(section, {}).update(values)
-                for key in values:
-                    self._place(draft, (*place, section, key), (section, key))
-        return draft
-
-    def _place(self, draft: Draft, key: Key, own: Key) -> None:
-        """Note where a recipe's key stands."""
-        draft.where[own] = self.place(key)
+        heads: dict[str, tuple[Any, Key]] = {name: (getattr(self.spec, name), (name,)) for name in ("model", "zero")}
+        task = self.spec.task_of(measured), (*self._key("tasks", measured), "task")
+        return self.draft({**heads, "task": task}, layers)
 
     def _common(self, measured: Measured) -> Iterator[Layer]:
         yield (), {"data": self.spec.data, "train": self.spec.train}
@@ -144,13 +120,6 @@ class Course:
         return (group, names.index(one.name))
 
 
-def _checked(draft: Draft) -> Recipe:
-    recipe = resolve(draft)
-    if draft.mistakes:
-        raise UserError(draft.report())
-    return recipe
-
-
 def metric_of(spec: Spec, measured: Measured) -> str:
     """The metric whose value is the score."""
     task = spec.task_of(measured)
@@ -174,71 +143,22 @@ def read_course(path: Path, overrides: Sequence[str] = ()) -> Course:
 
     A key inside a list is named by the element's number or name: `tasks.news.train.max_steps=3`.
     """
-    document = parse_yaml(read_file(path, "sequence of tasks"), str(path))
-    where = {key: f"{path}:{line}" for key, line in document.lines.items()}
-    mistakes = [(f"{path}:{line}", f"{dotted(key)}: {text}") for key, line, text in document.mistakes]
-    values = document.values
+    values, where, mistakes = read_values(path, "sequence of tasks")
     about_suite = [word for word in overrides if word.partition("=")[0] in _SUITE]
     for word in about_suite:
-        mistakes += _override(values, where, word)
+        mistakes += override(values, where, word)
     if values.get("suite") is not None:
         values = suite_values(values, path.parent)
     for word in overrides:
-        mistakes += _override(values, where, word) if word not in about_suite else []
-    if mistakes:
-        raise UserError(report(mistakes))
+        mistakes += override(values, where, word) if word not in about_suite else []
+    refuse(mistakes)
     try:
         spec = Spec.model_validate(values)
     except ValidationError as error:
         raise UserError(report(problems(Spec, error, where, str(path)))) from None
-    course = Course(spec, str(path), path.parent, where)
-    mistakes = [*_own_keys(course), *_lacks(course), *_kinds(course), *_metrics(course), *_recipes(course)]
-    if mistakes:
-        raise UserError(report(mistakes))
+    course = Course(str(path), path.parent, where, spec=spec)
+    refuse([*_own_keys(course), *_lacks(course), *_kinds(course), *_metrics(course), *_recipes(course)])
     return course
-
-
-def _override(values: dict[str, Any], where: dict[Key, str], word: str) -> list[tuple[str, str]]:
-    """Lay `key=value` over plain values; its mistakes."""
-    name, equals, text = word.partition("=")
-    if not equals or not all(name.split(".")):
-        return [(COMMAND_LINE, f"'{word}' is no override; write key=value, such as train.max_steps=3")]
-    key: Key = ()
-    inner: Any = values
-    for part in name.split("."):
-        holder, step = inner, _step(inner, part, last=len(key) + 1 == name.count(".") + 1)
-        if step is None:
-            return [
-                (COMMAND_LINE, f"{name}: there is no '{part}' in {dotted(key) or 'the file'}.{_near(holder, part)}")
-            ]
-        key = (*key, step)
-        inner = holder[step] if not isinstance(holder, dict) or step in holder else holder.setdefault(step, {})
-    try:
-        holder[key[-1]] = parse_value(text)
-    except UserError as error:
-        return [(COMMAND_LINE, f"{name}: {str(error).removeprefix('value:1: ')}")]
-    for old in [old for old in where if old[: len(key)] == key]:
-        del where[old]
-    where[key] = COMMAND_LINE
-    return []
-
-
-def _step(holder: Any, part: str, *, last: bool) -> str | int | None:
-    """The key or index that a word of an override means; None when there is no such thing."""
-    if isinstance(holder, list):
-        names = [each.get("name") if isinstance(each, dict) else each for each in holder]
-        index = int(part) if part.isdecimal() else names.index(part) if part in names else -1
-        return index if 0 <= index < len(holder) and (last or isinstance(holder[index], dict)) else None
-    return part if isinstance(holder, dict) else None
-
-
-def _near(holder: Any, part: str) -> str:
-    names = (
-        [str(each.get("name") if isinstance(each, dict) else each) for each in holder]
-        if isinstance(holder, list)
-        else []
-    )
-    return did_you_mean(part, names)
 
 
 # -- mistakes that no section sees by itself -----------------------------------------------------------------------
@@ -250,11 +170,7 @@ def _own_keys(course: Course) -> Iterator[tuple[str, str]]:
     holders: list[tuple[Key, Any]] = [((), spec)]
     for group in ("tasks", "probes", "methods"):
         holders += [((group, n), each) for n, each in enumerate(getattr(spec, group))]
-    for place, holder in holders:
-        for (section, key), instead in OWN_KEYS.items():
-            if key in (getattr(holder, section, None) or {}):
-                full = (*place, section, key)
-                yield course.place(full), f"{dotted(full)}: the sequence sets it; write {instead}"
+    yield from course.own_keys(holders, OWN_KEYS, "the sequence")
 
 
 def _lacks(course: Course) -> Iterator[tuple[str, str]]:
@@ -315,13 +231,10 @@ def _metrics(course: Course) -> Iterator[tuple[str, str]]:
     """Metrics that are not for their task."""
     spec = course.spec
     for measured in (*spec.tasks, *spec.probes):
-        task, name = spec.task_of(measured), metric_of(spec, measured)
-        kind = kind_of(task, {**spec.data, **measured.data}.get("num_labels"))
-        valid = [each for each, metric in METRICS.items() if kind in metric.kinds]
-        if task in TASKS and name not in valid:
-            key = course._key("tasks", measured)
-            known = "is not for this task" if name in METRICS else "does not exist"
-            yield course.place((*key, "metric")), f"{dotted(key)}.metric: '{name}' {known}.{did_you_mean(name, valid)}"
+        task, labels = spec.task_of(measured), {**spec.data, **measured.data}.get("num_labels")
+        if task in TASKS:
+            key = (*course._key("tasks", measured), "metric")
+            yield from course.metric_mistake(key, task, labels, metric_of(spec, measured))
 
 
 def _recipes(course: Course) -> Iterator[tuple[str, str]]:

@@ -9,8 +9,7 @@ A row: round, task, scores (0 to 100, by task and probe), numbers (every metric)
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,12 @@ from dsfreeze import __version__
 from dsfreeze.continual.matrix import Matrix, Score, spreads
 from dsfreeze.continual.spec import Spec
 from dsfreeze.errors import UserError
-from dsfreeze.files import write_whole
+from dsfreeze.state_file import State, differences, read_state, write_state
 
 FORMAT_VERSION = 1
 RESULTS, FIGURE = "results.json", "learn_forget.png"
 #: Keys that may change between one call and the next: they add runs, or say what is kept and shown.
 FREE_KEYS = ("methods", "seeds", "draws", "keep_models", "output_dir", "bwt", "folder")
-
-State = dict[str, Any]
 
 
 def open_results(spec: Spec, data: Mapping[str, Any]) -> State:
@@ -39,7 +36,7 @@ def open_results(spec: Spec, data: Mapping[str, Any]) -> State:
     if not path.exists():
         return fresh
     found = read_results(path)
-    changed = list(_differences(found["spec"], resolved))
+    changed = list(differences(found["spec"], resolved, FREE_KEYS, ("methods",)))
     changed += [
         f"the rows of '{name}'"
         for name, each in data.items()
@@ -55,54 +52,12 @@ def open_results(spec: Spec, data: Mapping[str, Any]) -> State:
 
 def read_results(path: Path) -> State:
     """The results file; UserError when there is none, or it is no such file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"There are no results {path}; `dsfreeze continual` writes them.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
-    if not isinstance(value, dict) or value.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path} holds no results of this version's format ({FORMAT_VERSION}).")
-    return value
+    return read_state(path, FORMAT_VERSION, "dsfreeze continual")
 
 
 def write_results(folder: Path, state: Mapping[str, Any]) -> None:
     """Aside, then renamed; UserError when the disk refuses."""
-    try:
-        write_whole(folder / RESULTS, json.dumps(state, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"Cannot write {folder / RESULTS}: {error.strerror}. Free disk space, and run the same command again."
-        ) from None
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """Keys whose values differ; of methods those of the same name."""
-    for key in dict.fromkeys((*old, *new)):
-        if key not in FREE_KEYS and old.get(key) != new.get(key):
-            yield from _inside(key, old.get(key), new.get(key))
-    theirs = {method["name"]: method for method in old.get("methods", [])}
-    for method in new.get("methods", []):
-        if method["name"] in theirs and theirs[method["name"]] != method:
-            yield from _inside(f"methods.{method['name']}", theirs[method["name"]], method)
-
-
-def _inside(key: str, old: Any, new: Any) -> Iterator[str]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for name in dict.fromkeys((*old, *new)):
-            if old.get(name) != new.get(name):
-                yield from _inside(f"{key}.{name}", old.get(name), new.get(name))
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, (one, other) in enumerate(zip(old, new, strict=True)):
-            if one != other:
-                yield from _inside(f"{key}[{index}]", one, other)
-    else:
-        yield f"{key} ({_shown(old)} there, {_shown(new)} here)"
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    write_state(folder / RESULTS, state)
 
 
 # -- reading them --------------------------------------------------------------------------------------------------

@@ -12,38 +12,23 @@ probes: [{name: wikitext, data: {eval: wikitext.jsonl, text: text}}]
 from __future__ import annotations
 
 import random
-import re
 import string
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from dsfreeze import named
 from dsfreeze.continual.matrix import Denominator
 from dsfreeze.continual.methods import METHODS, Method
 from dsfreeze.errors import did_you_mean
+from dsfreeze.named import Name, Seeds, entry, refuse_doubles
 from dsfreeze.recipe_section import Section, Seed, Texts
 
 #: Sections of a recipe that a sequence's file may hold, for all rounds.
 COMMON = ("model", "task", "data", "freeze", "zero", "train", "preference", "retain")
-#: A task's score when it names no metric.
-DEFAULT_METRICS = {
-    "sft": "exact_match", "causal_lm": "perplexity", "seq2seq": "rouge_l", "classification": "accuracy", "tokens": "accuracy",
-    "preference": "reward_accuracy",
-}  # fmt: skip
 #: WiSE-FT's weights of the trained model.
 ALPHAS = tuple(step / 10 for step in range(11))
-
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-Name = Annotated[str, Field(max_length=80)]
-
-
-def _name(value: str) -> str:
-    if not _NAME.fullmatch(value):
-        raise ValueError(
-            f"'{value}' names a folder too: letters, digits, '-', '_' and '.', the first a letter or digit"
-        )
-    return value
 
 
 def fields_of(template: str) -> tuple[str, ...]:
@@ -57,23 +42,14 @@ def fields_of(template: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name, _, _ in found))
 
 
-class Measured(Section):
-    """What a score is taken on: a task, or a probe of general ability."""
+class Measured(named.Measured):
+    """What a score is taken on: a task, or a probe of general ability. Without a task of its own it is sft (a probe without templates:
+    causal_lm), whose metric is exact_match (perplexity)."""
 
-    name: Name
-    """Its name, in the matrix and as a folder."""
-    task: str | None = None
-    """A recipe's task: sft, preference, causal_lm ...; none takes the sequence's own, or sft (a probe without templates: causal_lm)."""
-    data: dict[str, Any] = {}
-    """`data:` of a recipe, over the sequence's."""
     prompt: str | None = None
     """sft: the prompt, with columns in braces: "{text} Topic:"; none reads the usual shapes of chats."""
     answer: str | None = None
     """sft: the answer, likewise."""
-    metric: str | None = None
-    """The metric whose value is the score; none takes exact_match for sft, perplexity for causal_lm."""
-
-    _checked_name = field_validator("name")(_name)
 
     @field_validator("prompt", "answer")
     @classmethod
@@ -118,8 +94,6 @@ class MethodSpec(Section):
     alphas: list[Annotated[float, Field(ge=0, le=1)]] | None = None
     """wise_ft: weights of the trained model; none takes 0 to 1 in steps of 0.1."""
 
-    _checked_name = field_validator("name")(_name)
-
     @model_validator(mode="after")
     def _known(self) -> MethodSpec:
         if (self.method or self.name) not in METHODS:
@@ -143,17 +117,6 @@ class ReplayOptions(Section):
     """Share of each earlier task's training rows that is mixed into every later round."""
     choose: Literal["sample", "first"] = "sample"
     """A sample drawn by the run's seed, or the first rows of the file (as TRACE's code)."""
-
-
-def _entry(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-def _one(value: Any) -> Any:
-    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-Seeds = Annotated[list[Seed], BeforeValidator(_one), Field(min_length=1)]
 
 
 class Spec(Section):
@@ -185,7 +148,7 @@ class Spec(Section):
     """Another order: the tasks' names."""
     permutation_seed: Seed | None = None
     """Another order: a shuffle drawn by this seed."""
-    methods: Annotated[list[Annotated[MethodSpec, BeforeValidator(_entry)]], Field(min_length=1)]
+    methods: Annotated[list[Annotated[MethodSpec, BeforeValidator(entry)]], Field(min_length=1)]
     """Names, or mappings with a name and what is different here."""
     seeds: Seeds = [42]
     """train.seed of the runs; every method has one run for each."""
@@ -216,8 +179,8 @@ class Spec(Section):
             ("probes", [p.name for p in self.probes]),
             ("methods", [m.name for m in self.methods]),
         ):
-            _refuse_doubles(key, names)
-        _refuse_doubles("tasks and probes", [*self.names, *(probe.name for probe in self.probes)])
+            refuse_doubles(key, names)
+        refuse_doubles("tasks and probes", [*self.names, *(probe.name for probe in self.probes)])
         if self.order is not None and self.permutation_seed is not None:
             raise ValueError("order and permutation_seed both say in which order; keep one")
         if self.order is not None and sorted(self.order) != sorted(self.names):
@@ -259,9 +222,3 @@ class Spec(Section):
         if measured.task is None and isinstance(measured, ProbeSpec) and measured.prompt is None:
             return "causal_lm"
         return measured.task or (self.task if isinstance(measured, TaskSpec) else "sft")
-
-
-def _refuse_doubles(key: str, names: list[str]) -> None:
-    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if twice:
-        raise ValueError(f"{key}: the name '{twice[0]}' is given twice; every one needs its own")

@@ -35,6 +35,7 @@ __all__ = [
     "num_steps_of",
     "prepare",
     "sample",
+    "set_aside",
 ]
 
 TASKS = {
@@ -55,13 +56,35 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     full = train or held_out
     if full is None:
         raise UserError("data.train and data.eval are both empty; name at least one.")
+    aside = None
+    if train is not None and options.held_out is not None:
+        train, aside = set_aside(train, options.held_out, options.held_out_seed)
     tables = Tables(
         train=train and sample(train, options.max_train_examples, recipe.train.seed),
         eval=held_out and sample(held_out, options.max_eval_examples, None),
         full=full,
     )
     task_data = TASKS[recipe.task](options, tables, tokenizer)
-    return dataclasses.replace(task_data, metrics=metrics.choose(task_data, options.metrics))
+    task_data = dataclasses.replace(task_data, metrics=metrics.choose(task_data, options.metrics))
+    if aside is None:
+        return task_data
+    alone = Tables(train=None, eval=sample(aside, options.max_eval_examples, None), full=full)
+    looked_at = dataclasses.replace(TASKS[recipe.task](options, alone, tokenizer), metrics=task_data.metrics)
+    return dataclasses.replace(task_data, held_out=looked_at)
+
+
+def set_aside(table: Table, amount: float, seed: int) -> tuple[Table, Table]:
+    """(the others, `amount` rows drawn with the seed), each in its own order; below 1 the amount is a share. UserError where either
+    would be empty."""
+    rows = len(table.rows)
+    size = round(amount * rows) if amount < 1 else int(amount)
+    if not 0 < size < rows:
+        raise UserError(
+            f"data.held_out: {amount:g} of the {rows} rows of {table.name} sets {size} of them aside; write a share between 0 and 1, or "
+            "a number of rows that leaves some to train on."
+        )
+    order = np.random.default_rng(seed).permutation(rows)
+    return table.take(np.sort(order[size:])), table.take(np.sort(order[:size]))
 
 
 def sample(table: Table, size: int | None, seed: int | None) -> Table:

@@ -127,6 +127,8 @@ class TaskData:
     """Of the evaluation data, when one of the recipe's metrics generates."""
     metrics: tuple[str, ...] = ()
     """Names under `dsfreeze.metrics.METRICS`: the recipe's or the task's own."""
+    held_out: TaskData | None = None
+    """What is set aside of the training data, as the `eval` of this; None where nothing is."""
 
     def num_items(self, batch: Mapping[str, torch.Tensor]) -> int:
         """Terms in the model's own mean loss of this batch."""

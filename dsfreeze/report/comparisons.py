@@ -12,7 +12,7 @@ from typing import Any
 from dsfreeze.compare.figures import critical_difference_figure, pareto_figure, score_figure
 from dsfreeze.compare.pareto import pareto_fronts
 from dsfreeze.compare.rows import Rows, as_text, rows_fronts, rows_pairs, rows_ranks
-from dsfreeze.compare.statistics import Summary, summarise
+from dsfreeze.compare.statistics import Summary, baseline, summarise
 from dsfreeze.compare.verdicts import family_verdict, lost_verdict
 from dsfreeze.continual.results import matrix_of, numbers_of
 from dsfreeze.continual.tables import COLUMNS
@@ -25,8 +25,6 @@ from dsfreeze.report.setups import natural, spread
 from dsfreeze.tables import million
 
 Cells = Mapping[str, Mapping[str, Any]]
-#: Tested against every other method where a comparison has it.
-_BASELINE = "full"
 
 
 def comparison_section(results: Results, *, with_figures: bool) -> Section:
@@ -36,7 +34,7 @@ def comparison_section(results: Results, *, with_figures: bool) -> Section:
     told = [
         f"{counted(len(cells), 'cell')}: {', '.join(f'{count} {status}' for status, count in counts.most_common())}."
     ]
-    summary = summarise(cells, against=_BASELINE if _BASELINE in _by_method(cells) else None)
+    summary = summarise(cells, against=baseline(cells))
     for family in summary.families:
         told += family_verdict(family)
     return Section(

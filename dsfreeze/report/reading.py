@@ -12,15 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsfreeze.compare.results import FORMAT_VERSION as COMPARISON_VERSION
 from dsfreeze.continual.results import FORMAT_VERSION as SEQUENCE_VERSION
 from dsfreeze.continual.results import RESULTS, summarise
 from dsfreeze.errors import UserError
 from dsfreeze.record import PLAN, RECIPE, STEPS, read_object
 from dsfreeze.report.redact import redact, redacted
 from dsfreeze.report.row import Run, read_run
-
-#: Format of a comparison's results.
-COMPARISON_VERSION = 1
 
 
 @dataclass(frozen=True)

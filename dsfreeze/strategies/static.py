@@ -6,7 +6,7 @@ move. Formulas, sources and what is known of each: docs/methods.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from random import Random
@@ -83,11 +83,19 @@ def random(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = Non
 
 
 def ranked(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:
-    """Freeze the n units with the lowest scores of a file; equal scores freeze from the bottom."""
+    """Freeze the n units with the lowest scores of a file; equal scores freeze from the bottom. Categories that a score of matrices
+    says nothing of (norms) train, where there is one for others."""
     path = options.scores
     assert path is not None, "FreezeOptions has checked it"
     scores = read_scores(path, options.score, anatomy)
-    return _layered(anatomy, options, rule=lambda units, number: lowest(scores, units, number, path))
+    of_tensors = any(tensor.name in scores for tensor in anatomy.block_tensors)
+
+    def rule(units: Sequence[Unit], number: int) -> Iterable[int]:
+        if options.granularity == "category" and of_tensors and not any(unit.name in scores for unit in units):
+            return ()
+        return lowest(scores, units, number, path)
+
+    return _layered(anatomy, options, rule=rule)
 
 
 def patterns(anatomy: Anatomy, options: FreezeOptions, num_steps: int | None = None) -> FreezePlan:

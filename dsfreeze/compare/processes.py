@@ -1,0 +1,138 @@
+"""A piece of a comparison's work as a process of its own: its words, its files, what it says when it fails. No torch."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dsfreeze.compare.queue import Process, Result, Work
+from dsfreeze.errors import UserError
+from dsfreeze.files import write_whole
+from dsfreeze.recipe_yaml import dump_yaml
+from dsfreeze.record import SUMMARY, read_record
+
+SCORES, LOCK, RECIPES, LOGS = "scores.json", ".lock", "recipes", "logs"
+#: Lines of a log's end in which a run says why it failed.
+_TAIL = 20
+#: Exit codes of a run that a signal ended, after its checkpoint or before it had anything to save.
+_STOPPED = (130, 143, -2, -15)
+_AGAIN = "Free disk space, and run the same command again."
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[int]:
+    """A lock on the folder, made where it is missing: its file descriptor, which processes inherit, so that a killed comparison's runs hold
+    it. UserError when somebody else does."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("w")
+    except OSError as error:
+        raise UserError(f"Cannot make {folder} (output_dir): {error.strerror}.") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"Another comparison is at work in {folder}, or a run that a killed one left behind. Wait for it, or end it."
+            ) from None
+        yield file.fileno()
+
+
+class Processes:
+    """Starts work whose files lie below `folder`, and says how it ended."""
+
+    def __init__(self, folder: Path, *, lock: int | None, jobs: int, keep_models: bool) -> None:
+        self.folder, self.lock, self.jobs, self.keep_models = folder, lock, jobs, keep_models
+
+    def start(self, work: Work) -> Process:
+        """The process; what an earlier one left is gone on with from its checkpoint, or removed."""
+        command = [*command_of(work, self.write_recipe(work))]
+        if work.verb == "train" and is_resumable(folder_of(work)):
+            command.append("train.resume_from_checkpoint=true")
+        else:
+            shutil.rmtree(folder_of(work), ignore_errors=True)  # a record without a checkpoint is of no use
+        log = self.beside(LOGS, work, ".txt")
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("w", encoding="utf-8") as file:
+                return launch(command, file, self.lock, self.jobs)
+        except OSError as error:
+            raise UserError(f"Cannot start a run with the log {log}: {error.strerror}. {_AGAIN}") from None
+
+    def write_recipe(self, work: Work) -> Path:
+        path = self.beside(RECIPES, work, ".yaml")
+        try:
+            write_whole(path, dump_yaml(work.recipe.model_dump(mode="json")))
+        except OSError as error:
+            raise UserError(f"Cannot write {path}: {error.strerror}. {_AGAIN}") from None
+        return path
+
+    def ended(self, work: Work, code: int) -> Result:
+        """The result of a process with that exit code (-n: killed by signal n)."""
+        found = finished(work) if code == 0 else None
+        if found is None:
+            return Result("interrupted" if code in _STOPPED else "failed", self._why(work, code))
+        if not self.keep_models:
+            for checkpoint in folder_of(work).glob("checkpoint-*"):
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        return found
+
+    def _why(self, work: Work, code: int) -> str:
+        """What a run said last, and how it ended."""
+        path = self.beside(LOGS, work, ".txt")
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        lines = [line.strip() for line in text.splitlines() if line.strip()][-_TAIL:]
+        said = [line.partition(": ")[2] for line in lines if line.startswith(("error: ", "stopped: "))] or lines[-1:]
+        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        return f"{how}: {said[-1]}" if said else how
+
+    def beside(self, kind: str, work: Work, ending: str) -> Path:
+        """A file about the work, outside of its own folder."""
+        relative = folder_of(work).relative_to(self.folder)
+        return self.folder / kind / relative.with_name(relative.name + ending)
+
+
+def launch(command: Sequence[str], log: Any, lock: int | None, jobs: int) -> Process:
+    """A process of its own session, so that signals reach it through us alone; several at once share the cores."""
+    environment = dict(os.environ)
+    if jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+        pass_fds=() if lock is None else (lock,),
+    )  # fmt: skip
+
+
+def command_of(work: Work, recipe: Path) -> list[str]:
+    """The words that run it."""
+    return [sys.executable, "-m", "dsfreeze", work.verb, str(recipe)]
+
+
+def folder_of(work: Work) -> Path:
+    """Where its files go."""
+    return Path(work.recipe.analyze.output_dir if work.verb == "analyze" else work.recipe.train.output_dir)
+
+
+def finished(work: Work) -> Result | None:
+    """What is there whole, None where nothing is. A record of another version is said to be one, and stays as it is."""
+    folder = folder_of(work)
+    if work.verb == "analyze":
+        return Result("done") if (folder / SCORES).is_file() else None
+    if not (folder / SUMMARY).is_file():
+        return None
+    try:
+        return Result("done", record=read_record(folder))
+    except UserError as error:
+        return Result("failed", str(error))
+
+
+def is_resumable(folder: Path) -> bool:
+    """Whether a run has left a checkpoint of its own."""
+    return any(folder.glob("checkpoint-*/manifest.json"))
