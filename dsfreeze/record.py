@@ -20,7 +20,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,19 @@ class Record:
 def holds_record(folder: Path) -> bool:
     """Whether a run has left its record in `folder`."""
     return (folder / RECIPE).is_file() and (folder / PLAN).is_file()
+
+
+def find_records(folder: Path, beside: str = "", on_error: Callable[[OSError], object] | None = None) -> Iterator[Path]:
+    """Folders at and below `folder` that hold a record, or a part of one, at any depth and in order; and files named `beside`, outside them.
+    `on_error` is told of folders that cannot be read. Hidden folders are passed over."""
+    for here, folders, files in os.walk(folder, onerror=on_error):
+        if {RECIPE, PLAN, STEPS} & set(files):
+            yield Path(here)
+            folders.clear()  # its checkpoints and its model
+            continue
+        if beside in files:
+            yield Path(here, beside)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
 
 
 def require_free(folder: Path, plan: FreezePlan, *, resume_step: int | None = None) -> None:

@@ -19,3 +19,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write docs/compatibility.json from what tests/distributed/test_compatibility.py finds",
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notebooks take a kernel each."""
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker("slow")

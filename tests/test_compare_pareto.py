@@ -49,10 +49,10 @@ def test_costs_are_in_the_units_of_their_labels():
     """60 s, 1 GiB, 10 million, 1e15 FLOPs."""
     found = {front.cost.label: front.points[0].cost for front in pareto_fronts(cells_of({"a": {"x": [70.0]}}))}
     assert found == {
-        "time of a run (s)": 60,
+        "run time (s)": 60,
         "peak memory (GiB)": 1,
-        "trainable parameters (M)": 10,
-        "work of a run (PFLOPs)": 1,
+        "trains (M)": 10,
+        "compute (TFLOP)": 1000,
     }
 
 

@@ -46,7 +46,7 @@ def test_runs_that_cannot_be_read_are_named_beside_those_that_can(tmp_path):
     run_record(tmp_path / "old")
     (tmp_path / "old" / "environment.json").write_text('{"format_version": 1}')
     found = find_runs(tmp_path)
-    assert list(found.records) == ["one", "group/two"]
+    assert list(found.records) == ["group/two", "one"]
     assert "is a record of format 1" in found.refused["old"]
     assert list(find_runs(tmp_path / "one").records) == ["one"], "a run's own folder"
 

@@ -25,10 +25,10 @@ class Cost:
 
 
 COSTS = (
-    Cost("seconds", "time", "time of a run (s)", 1),
+    Cost("seconds", "time", "run time (s)", 1),
     Cost("peak_bytes", "memory", "peak memory (GiB)", 2**30),
-    Cost("trainable", "parameters", "trainable parameters (M)", 1e6),
-    Cost("flops", "FLOPs", "work of a run (PFLOPs)", 1e15),
+    Cost("trainable", "parameters", "trains (M)", 1e6),
+    Cost("flops", "FLOPs", "compute (TFLOP)", 1e12),
 )
 
 

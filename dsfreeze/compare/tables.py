@@ -76,7 +76,12 @@ def _section(title: str, of: rows.Rows, lines: Sequence[str]) -> Group:
     table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
     for place, name in enumerate(columns):
         numeric = any(isinstance(row[place], int | float) for row in values)
-        table.add_column(escape(name), justify="right" if numeric else "left", no_wrap=place == 0 and len(columns) > 3)
+        table.add_column(
+            escape(name),
+            justify="right" if numeric else "left",
+            overflow="fold",
+            no_wrap=place == 0 and len(columns) > 3,
+        )
     for row in values:
         table.add_row(*(escape(rows.as_text(name, value)) for name, value in zip(columns, row, strict=True)))
     return Group(Text(title, style="bold"), table, Text("\n".join(lines) + "\n" * bool(lines), style="italic"))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsfreeze.errors import UserError
-from dsfreeze.record import RECIPE, RecordData, read_record
+from dsfreeze.record import RecordData, find_records, read_record
 
 #: Folders below the one that is named in which a file is looked for.
 DEPTH = 3
@@ -48,7 +48,7 @@ def find_runs(folder: Path) -> Runs:
     """Every run's record in `folder` and below; UserError when there is none that can be read."""
     records: dict[str, RecordData] = {}
     refused: dict[str, str] = {}
-    for path in _run_folders(folder):
+    for path in find_records(folder):
         name = str(path.relative_to(folder)) if path != folder else folder.resolve().name
         try:
             records[name] = read_record(path)
@@ -61,8 +61,3 @@ def find_runs(folder: Path) -> Runs:
             f"holds several.{why}"
         )
     return Runs(records, refused)
-
-
-def _run_folders(folder: Path) -> Iterator[Path]:
-    for depth in range(DEPTH + 1):
-        yield from sorted(path.parent for path in folder.glob("*/" * depth + RECIPE))

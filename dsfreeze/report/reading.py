@@ -16,7 +16,7 @@ from dsfreeze.compare.results import FORMAT_VERSION as COMPARISON_VERSION
 from dsfreeze.continual.results import FORMAT_VERSION as SEQUENCE_VERSION
 from dsfreeze.continual.results import RESULTS, summarise
 from dsfreeze.errors import UserError
-from dsfreeze.record import PLAN, RECIPE, STEPS, read_object
+from dsfreeze.record import PLAN, RECIPE, find_records, read_object
 from dsfreeze.report.redact import redact, redacted
 from dsfreeze.report.row import Run, read_run
 
@@ -99,14 +99,7 @@ def _walk(folder: Path, refused: list[tuple[str, str]]) -> Iterator[Path]:
     def no_entry(error: OSError) -> None:
         refused.append((str(error.filename), f"The folder cannot be read: {error.strerror}."))
 
-    for here, folders, files in os.walk(folder, onerror=no_entry):
-        if {RECIPE, PLAN, STEPS} & set(files):
-            yield Path(here)
-            folders.clear()  # its checkpoints and its model
-            continue
-        if RESULTS in files:
-            yield Path(here, RESULTS)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    return find_records(folder, RESULTS, no_entry)
 
 
 # -- results -------------------------------------------------------------------------------------------------------
