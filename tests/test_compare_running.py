@@ -19,6 +19,7 @@ from dsfreeze.cli.known import anatomy_of
 from dsfreeze.compare import processes, running
 from dsfreeze.compare.reading import read_grid
 from dsfreeze.compare.results import RESULTS, read_results
+from dsfreeze.compare.statistics import summarise
 from dsfreeze.errors import UserError
 from dsfreeze.interrupt import Interrupted
 from dsfreeze.loop import Run, train
@@ -175,6 +176,23 @@ def test_what_a_run_said_is_its_reason(tmp_path: Path, monkeypatch: pytest.Monke
     cells = compare(grid_file(tmp_path, methods=[hot, "bottom50"]))["cells"]
     assert [cell["status"] for cell in cells.values()] == ["failed", "done"]
     assert "exit code 2: The loss of step" in cells[KEY.format("hot", 7)]["reason"]
+
+
+def test_a_metric_that_came_out_as_no_number_is_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a correlation of equal answers does, which a record holds as null: done, and said to have no score."""
+    run_here(monkeypatch)
+    path = grid_file(tmp_path)
+    compare(path)
+    summary = tmp_path / "out/runs" / KEY.format("full", 7) / "summary.json"
+    values = json.loads(summary.read_text())
+    values["metrics"]["after"]["accuracy"] = None
+    summary.write_text(json.dumps(values))
+    (tmp_path / "out" / RESULTS).unlink()
+    cells = compare(path)["cells"]
+    assert cells[KEY.format("full", 7)]["status"] == "done"
+    assert cells[KEY.format("full", 7)]["score"] is None
+    (lost,) = summarise(cells).lost
+    assert (lost.key, lost.reason) == (KEY.format("full", 7), "ended without a score")
 
 
 PRETEND = "import os, signal, sys; os.kill(os.getpid(), 9) if 'full' in sys.argv[1] else sys.exit('no such thing')"

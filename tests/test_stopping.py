@@ -18,6 +18,7 @@ from dsfreeze.data.sources import load
 from dsfreeze.errors import UserError
 from dsfreeze.loop import Run, train
 from dsfreeze.model import load_tokenizer
+from dsfreeze.recipe_reader import load_recipe
 from dsfreeze.record import read_record
 from dsfreeze.stopping import BEST
 
@@ -144,3 +145,9 @@ def test_a_prefix_cache_changes_nothing(tmp_path: Path) -> None:
 def test_what_does_not_go_together(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recipe(tmp_path, **changes)
+
+
+def test_preferences_set_no_rows_aside() -> None:
+    """Their references are measured before the run, for the rows that train and those that evaluate."""
+    with pytest.raises(UserError, match=r"data.held_out: .*preference"):
+        load_recipe(None, ["model=m", "task=preference", "data.held_out=0.1"])
