@@ -14,12 +14,12 @@ from dsfreeze.continual.results import general_ability, matrix_of
 
 #: Columns, and the numbers they show.
 COLUMNS = {
-    "OP": "op", "BWT": "bwt", "forgot": "forgetting", "learnt": "learning_accuracy", "general": "general_ability",
+    "OP": "op", "BWT": "bwt", "forgot": "forgetting", "FWT": "fwt", "learnt": "learning_accuracy", "general": "general_ability",
 }  # fmt: skip
 _EXPLAINED = (
-    "OP mean score after the last round; BWT change of earlier tasks since their own round, over {bwt}; learnt: mean score right after "
-    "each task's round;\ngeneral: mean score of the probes ({before} before); trained: share of the weights; moved: L2 norm of the change;\n"
-    "± deviation over seeds, in brackets over draws"
+    "OP mean score after the last round; BWT change of earlier tasks since their own round, over {bwt}; FWT change of a task up to its "
+    "round, since the start; learnt: mean score right after each task's round; general: mean score of the probes ({before} before); "
+    "trained: share of the weights; moved: L2 norm of the change; ± deviation over seeds, in brackets over draws"
 )
 
 
@@ -80,12 +80,12 @@ def _score(value: float | None) -> str:
 
 
 def _figure(spread: Mapping[str, Any] | None) -> str:
-    """Mean and deviation over seeds; below them, where there are several draws, the deviation over draws."""
+    """The mean; below it the deviation over seeds, and below that, where there are several draws, the one over draws."""
     if spread is None:
         return "-"
     seeds, draws = spread["over_seeds"], spread["over_draws"]
-    alone = f"{spread['mean']:.1f}" + ("" if seeds is None else f"±{seeds:.1f}")
-    return alone + ("" if draws is None else f"\n({draws:.1f})")
+    deviations = ("" if seeds is None else f"\n±{seeds:.1f}") + ("" if draws is None else f"\n({draws:.1f})")
+    return f"{spread['mean']:.1f}{deviations}"
 
 
 def _mean(spread: Mapping[str, Any] | None, form: str) -> str:
