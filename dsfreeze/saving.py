@@ -55,7 +55,7 @@ def _find_checkpoint(job: Job, total_steps: int, global_batch_size: int) -> Chec
     found = checkpoints.find_checkpoint(job.output_dir, wanted)
     checkpoints.require_same(found, job.plan, job.base)
     _require_same_batch(job, found.trainer_state["global_batch_size"], global_batch_size)
-    _require_same_rule(job, found.trainer_state["freeze"])
+    _require_same_rules(job, found.trainer_state)
     # a run that was stopped after its last step has its evaluation and its export still to do
     if found.step > total_steps or (found.step == total_steps and (job.output_dir / SUMMARY).exists()):
         raise UserError(
@@ -75,25 +75,37 @@ def _require_same_batch(job: Job, theirs: int, ours: int) -> None:
         )
 
 
-def _require_same_rule(job: Job, theirs: Mapping[str, Any]) -> None:
-    """What an adaptive strategy has yet to decide is not in its plan: its options must be the same."""
-    if job.plan.decide_at is None:
-        return
-    ours = job.recipe.freeze.model_dump(mode="json", exclude=set(CACHE_KEYS))
-    changed = [key for key, value in ours.items() if theirs.get(key) != value]
-    if changed:
-        key = changed[0]
-        raise UserError(
-            f"The checkpoint was made with freeze.{key} {theirs.get(key)!r}, and this recipe says {ours[key]!r}: strategy "
-            f"'{job.plan.strategy}' would go on deciding by another rule. Use the recipe it was made with; another rule "
-            "starts anew, in another train.output_dir."
-        )
+def _require_same_rules(job: Job, state: Mapping[str, Any]) -> None:
+    """What the plan does not hold: how an adaptive strategy decides, what is minimised, what retains earlier tasks."""
+    ours = _rules(job)
+    for section in ("retain", "preference", *(["freeze"] if job.plan.decide_at is not None else [])):
+        before = state.get(section, ours[section])  # absent from checkpoints of older versions
+        changed = [key for key, value in ours[section].items() if before.get(key) != value]
+        if changed:
+            key = changed[0]
+            raise UserError(
+                f"The checkpoint was made with {section}.{key} {before.get(key)!r}, and this recipe says {ours[section][key]!r}: the run "
+                "would go on by another rule. Use the recipe it was made with; another rule starts anew, in another train.output_dir."
+            )
+
+
+def _rules(job: Job) -> dict[str, dict[str, Any]]:
+    """Sections of the recipe that a resumed run must share. A memory may have moved; whether there is one may not change."""
+    recipe = job.recipe
+    return {
+        "freeze": recipe.freeze.model_dump(mode="json", exclude=set(CACHE_KEYS)),
+        "preference": recipe.preference.model_dump(mode="json"),
+        "retain": {
+            **recipe.retain.model_dump(mode="json", exclude={"remember"}),
+            "memory": recipe.retain.memory is not None,
+        },
+    }
 
 
 def save_checkpoint(engine: Engine, job: Job, step: int, trainer_state: Mapping[str, Any]) -> Path:
     """Write checkpoint-`step`; returns the folder (collective)."""
     state = engine.export_state()
-    trainer_state = {**trainer_state, "freeze": job.recipe.freeze.model_dump(mode="json")}
+    trainer_state = {**trainer_state, **_rules(job)}
     folder, keep = job.output_dir / f"{checkpoints.PREFIX}{step}", job.recipe.train.save_total_limit
     _on_leader(
         lambda: checkpoints.save(

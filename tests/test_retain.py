@@ -459,6 +459,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, retain):
     assert [line["penalty"] for line in read_record(tmp_path / "run2").steps] == [line["penalty"] for line in steps]
 
 
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"weight": 0.3}, r"retain.weight None, and this recipe says 0\.3"),
+        ({"method": "ewc"}, r"retain.method 'l2_sp', and this recipe says 'ewc'"),
+    ],
+)
+def test_a_run_goes_on_under_the_rule_it_began_with(tmp_path, other, words):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    train(task_recipe(tmp_path, 1, {"method": "l2_sp"}, train=options))
+    changed = {"method": "l2_sp", **other}
+    with pytest.raises(UserError, match=words):
+        train(task_recipe(tmp_path, 1, changed, train=options | {"resume_from_checkpoint": True}))
+
+
 def test_a_memory_is_read_in_parts(left):
     """Oracle: the whole tensor."""
     job = prepare_job(task_recipe(left, 2, {"method": "der"}))
