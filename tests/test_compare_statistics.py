@@ -449,6 +449,16 @@ def shown(summary, cells):
     return console.export_text()
 
 
+def test_before_the_first_score_only_what_is_missing_is_shown():
+    """A row for what came to an end, a number for what has not begun."""
+    cells = cell("a", "x", 1, None, status="waiting") | cell("b", "x", 1, None, status="impossible", reason="no biases")
+    text = shown(summarise(cells), cells)
+    assert "2 of 2 cells have no score" in text
+    assert "no biases" in text.partition("Cells without a score")[2]
+    assert "waiting" not in text.partition("Cells without a score")[2]
+    assert "Average rank" not in text
+
+
 def test_rows_hold_the_summarys_numbers():
     cells = random_cells(3, 7, 2, gain=3)
     summary = summarise(cells)

@@ -22,11 +22,13 @@ _PAIR_COLUMNS = ("first", "second", "difference", "low", "high", "p", "p (Holm)"
 
 
 def comparison_tables(summary: Summary, fronts: Sequence[Front]) -> Group:
-    """All of them, one below the other; ranks once for each unit."""
+    """All of them, one below the other; ranks once for each unit. Before the first score, what is missing alone."""
+    if not summary.cases:
+        return Group(*lost_verdict(summary), lost_table(summary))
     parts = [scores_table(summary)]
     for family in summary.families:
         parts += [pairs_table(family)] if family.against else [ranks_table(family), pairs_table(family)]
-    return Group(*parts, fronts_table(fronts), *([lost_table(summary)] if summary.lost else []))
+    return Group(*parts, fronts_table(fronts), lost_table(summary))
 
 
 def scores_table(summary: Summary) -> Group:
@@ -64,10 +66,13 @@ def fronts_table(fronts: Sequence[Front]) -> Group:
 
 
 def lost_table(summary: Summary) -> Group:
-    """Cells without a score."""
+    """Cells that came to an end without a score, or were stopped; those that have not begun are counted elsewhere."""
     columns, values = rows.rows_lost(summary)
-    lines = [f"and {len(values) - MOST} more"] if len(values) > MOST else []
-    return _section("Cells without a score", (columns, values[:MOST]), lines)
+    begun = [row for row in values if row[columns.index("status")] != "waiting"]
+    if not begun:
+        return Group()
+    lines = [f"and {len(begun) - MOST} more"] if len(begun) > MOST else []
+    return _section("Cells without a score", (columns, begun[:MOST]), lines)
 
 
 def _section(title: str, of: rows.Rows, lines: Sequence[str]) -> Group:
