@@ -100,6 +100,8 @@ def read_file(path: Path, what: str) -> bytes:
         if (size := path.stat().st_size) > MAX_BYTES:
             raise UserError(f"{path} has {size:,} bytes: that is no {what}.")
         return path.read_bytes()
+    except UserError:
+        raise
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"There is no {what} {path}.{_nearby(path)}") from None
     except (OSError, ValueError) as error:  # a name too long, one with a NUL, no permission

@@ -21,6 +21,8 @@ BASE = {"models": ["minilm-l6"], "zero": "local", "tasks": TASKS, "methods": ["f
 def read(tmp_path: Path) -> Any:
     def reading(*words: str, **changes: Any) -> Any:
         path = tmp_path / "grid.yaml"
+        for name in ("a", "one", "one_test", "two", "two_test"):
+            (tmp_path / f"{name}.jsonl").touch()
         path.write_text(dump_yaml({k: v for k, v in {**BASE, **changes}.items() if v is not ...}), encoding="utf-8")
         return read_grid(path, words)
 
@@ -39,6 +41,8 @@ def changed(index: int, **more: Any) -> list[dict[str, Any]]:
     ({"tasks": changed(1, metric="acuracy")}, r"grid.yaml:\d+: tasks\[1\].metric: 'acuracy' does not exist. Did you mean 'accuracy'"),
     ({"tasks": changed(1, metric="bleu")}, "'bleu' is not for this task"),
     ({"tasks": changed(1, data={"train": "a.jsonl"})}, r"grid.yaml:\d+: task 'two' has no data.eval: name what to measure it on"),
+    ({"tasks": changed(1, data={"train": "two.jsonl", "eval": "two_tests.jsonl"})},
+     r"grid.yaml:\d+: task 'two', data.eval: no file .*two_tests.jsonl. Did you mean 'two_test.jsonl'"),
     ({"tasks": changed(1, train={"max_step": 3})}, r"grid.yaml:\d+: train.max_step: unknown key. Did you mean 'max_steps'"),
     ({"tasks": changed(1, task="clasification")}, "Did you mean 'classification'"),
     ({"train": {"seed": 3}}, "train.seed: the comparison sets it; write seeds"),

@@ -241,7 +241,7 @@ def test_no_such_file_names_those_that_are_there(written, tmp_path):
     file = written("model: m", "rte.yaml")
     assert "rte.yaml" in told(file.parent / "ret.yaml")
     assert "There is no folder" in told(tmp_path / "no" / "rte.yaml")
-    assert "is a folder" in told(tmp_path)
+    assert told(tmp_path) == f"{tmp_path} is a folder; name the recipe file in it."
     assert "Cannot read" in told(Path("x" * 5000))
 
 

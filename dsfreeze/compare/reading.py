@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from dsfreeze.compare.spec import PROTOCOLS, MethodSpec, ModelSpec, Spec, TaskSpec
 from dsfreeze.errors import UserError
+from dsfreeze.files import no_file, reader_of
 from dsfreeze.layered import Layer, Layered, Mistake, checked, override, read_values, refuse
 from dsfreeze.metrics import DEFAULTS, kind_of
 from dsfreeze.recipe import FREEZE_KEYS, TASKS, Recipe
@@ -171,12 +172,18 @@ def _own_keys(grid: Grid) -> Iterator[Mistake]:
 
 
 def _lacks(grid: Grid) -> Iterator[Mistake]:
-    """Tasks without data."""
+    """Tasks without data, or whose files are not there."""
     for index, task in enumerate(grid.spec.tasks):
         data = {**grid.spec.data, **task.data}
         for key, use in (("train", "train on"), ("eval", "measure it on")):
-            if not data.get(key):
+            source = data.get(key)
+            if not source:
                 yield grid.place(("tasks", index)), f"task '{task.name}' has no data.{key}: name what to {use}"
+            elif reader_of(path := Path(grid.located(str(source)))) and not path.is_file():
+                yield (
+                    grid.place(("tasks", index, "data", key)),
+                    f"task '{task.name}', data.{key}: {no_file(Path(grid.folder or '', path))}",
+                )
 
 
 def _metrics(grid: Grid) -> Iterator[Mistake]:

@@ -21,12 +21,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
 import dsfreeze.data.nli as nli
 from dsfreeze.errors import UserError, did_you_mean
+from dsfreeze.files import READERS, nearest_file, no_file, reader_of
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
 #: The reader of `datasets` for each file name ending.
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 BUILTIN = {"builtin:nli": nli.generate}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
@@ -83,11 +83,11 @@ def load(source: str, split: str, *, role: str) -> Table:
         rows = _builtin(source, role, key)
     elif (path := Path(source).expanduser()).is_dir():
         rows = _pick(_folder(path, key), split, source, role)
-    elif _reader(path) or path.is_file() or (path.suffix and path.parent.is_dir()):
+    elif reader_of(path) or path.is_file() or (path.suffix and path.parent.is_dir()):
         rows = _file(path, key)
     else:
         rows = _hub(source, split, role)
-    name = source if source.startswith("builtin:") or _reader(Path(source)) else f"{source} ({split})"
+    name = source if source.startswith("builtin:") or reader_of(Path(source)) else f"{source} ({split})"
     if len(rows) == 0:
         raise UserError(f"{key}: {name} has no rows.")
     return Table(rows, name, range(1, len(rows) + 1))
@@ -105,16 +105,10 @@ def _builtin(source: str, role: str, key: str) -> Dataset:
     return Dataset.from_list(BUILTIN[source]()[role], features=features)
 
 
-def _reader(path: Path) -> str | None:
-    """Which reader of `datasets` a file name asks for; None when it is no data file's name."""
-    name = path.name.removesuffix(".gz")
-    return READERS.get(Path(name).suffix)
-
-
 def _file(path: Path, key: str) -> Dataset:
-    reader = _reader(path)
+    reader = reader_of(path)
     if not path.is_file():
-        raise UserError(f"{key}: no file {path}.{_nearest_file(path)}")
+        raise UserError(f"{key}: {no_file(path)}")
     if reader is None:
         endings = ", ".join(READERS)
         raise UserError(f"{key}: {path} is no data file that we read. Valid endings: {endings}, each also with .gz.")
@@ -123,17 +117,6 @@ def _file(path: Path, key: str) -> Dataset:
         return datasets.load_dataset(reader, data_files={"train": str(path)}, split="train", **options)
     except (datasets.exceptions.DatasetsError, ValueError, OSError, EOFError, StopIteration, zlib.error) as error:
         raise UserError(f"{key}: {_what_is_wrong(path, reader, error)}") from error
-
-
-def _nearest_file(path: Path) -> str:
-    folder = path.parent
-    while not folder.is_dir():
-        folder = folder.parent
-    if folder != path.parent:
-        missing = path.parent.relative_to(folder).parts[0]
-        siblings = [entry.name for entry in folder.iterdir() if entry.is_dir()]
-        return f" The folder '{missing}' is not in {folder.resolve()}.{did_you_mean(missing, siblings)}"
-    return did_you_mean(path.name, sorted(entry.name for entry in folder.iterdir() if _reader(entry)))
 
 
 def _what_is_wrong(path: Path, reader: str, error: BaseException) -> str:
@@ -171,7 +154,7 @@ def _folder(path: Path, key: str) -> DatasetDict | Dataset:
     try:
         return datasets.load_dataset(str(path))
     except (datasets.exceptions.DatasetsError, ValueError, OSError, EOFError, StopIteration) as error:
-        for file in sorted(entry for entry in path.iterdir() if entry.is_file() and _reader(entry)):
+        for file in sorted(entry for entry in path.iterdir() if entry.is_file() and reader_of(entry)):
             _file(file, key)  # names the broken one
         raise UserError(f"{key}: folder {path} cannot be read: {error.__cause__ or error}") from error
 
@@ -187,7 +170,7 @@ def _hub(source: str, split: str, role: str) -> Dataset:
         loaded = datasets.load_dataset(name, config or None)
     except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
         raise UserError(
-            f"{key}: '{name}' is no file or folder here and no data set on the hub.{_nearest_file(Path(source))}"
+            f"{key}: '{name}' is no file or folder here and no data set on the hub.{nearest_file(Path(source))}"
         ) from error
     except ConnectionError as error:
         raise UserError(
