@@ -180,10 +180,8 @@ def _lacks(grid: Grid) -> Iterator[Mistake]:
             if not source:
                 yield grid.place(("tasks", index)), f"task '{task.name}' has no data.{key}: name what to {use}"
             elif reader_of(path := Path(grid.located(str(source)))) and not path.is_file():
-                yield (
-                    grid.place(("tasks", index, "data", key)),
-                    f"task '{task.name}', data.{key}: {no_file(Path(grid.folder or '', path))}",
-                )
+                missing = no_file(grid.folder / path if grid.folder else path)
+                yield grid.place(("tasks", index, "data", key)), f"task '{task.name}', data.{key}: {missing}"
 
 
 def _metrics(grid: Grid) -> Iterator[Mistake]:
