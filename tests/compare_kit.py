@@ -84,7 +84,7 @@ def run_here(
     do not run at all."""
     seen: list[list[str]] = []
 
-    def launch(command: Sequence[str], log: Any, lock: Any, jobs: int) -> Ended:
+    def launch(command: Sequence[str], log: Any, lock: Any, environment: Any) -> Ended:
         words = list(command[3:])
         seen.append(words)
         if code := crash(words):

@@ -207,6 +207,38 @@ def test_real_processes_that_die_do_not_end_the_comparison(tmp_path: Path, monke
     assert [cell["reason"] for cell in cells.values()] == ["killed by signal 9", "exit code 1: no such thing"]
 
 
+SAY_GPU = "import os, sys; print('error:', os.environ['CUDA_VISIBLE_DEVICES'], os.environ.get('OMP_NUM_THREADS')); sys.exit(1)"
+
+
+def test_runs_at_once_have_a_gpu_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real processes say which one they see; two of three names are in use at once, and the first is free again for the third run."""
+    priced_at_once(monkeypatch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 6,7")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    started: list[str] = []
+    monkeypatch.setattr(processes, "command_of", lambda work, recipe: [sys.executable, "-c", SAY_GPU])
+    launch = processes.launch
+    monkeypatch.setattr(
+        processes, "launch", lambda *words: started.append(words[3]["CUDA_VISIBLE_DEVICES"]) or launch(*words)
+    )
+    cells = compare(grid_file(tmp_path, methods=["full", "bottom50"], seeds=[1, 2]), "jobs=2")["cells"]
+    assert started[:2] == ["4", "6"]
+    assert set(started) <= {"4", "6"}, "the third is never needed"
+    assert {cell["reason"] for cell in cells.values()} <= {f"exit code 1: {gpu} 4" for gpu in ("4", "6")}
+
+
+def test_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(processes, "_DRIVER", tmp_path)
+    assert processes.visible_gpus() == []
+    for name in ("0000:01:00.0", "0000:02:00.0"):
+        (tmp_path / name).mkdir()
+    assert processes.visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert processes.visible_gpus() == [], "an empty name hides them all"
+
+
 SLOW = "import time; time.sleep(60)"
 
 
@@ -214,7 +246,7 @@ def test_a_signal_ends_what_runs_and_says_so(tmp_path: Path, monkeypatch: pytest
     """SIGTERM to us is SIGTERM to the run; the exit code is the signal's, and the cell is interrupted."""
     started: list[Any] = []
 
-    def launch(command: Sequence[str], log: Any, lock: Any, jobs: int) -> Any:
+    def launch(command: Sequence[str], log: Any, lock: Any, environment: Any) -> Any:
         started.append(subprocess.Popen([sys.executable, "-c", SLOW], start_new_session=True))
         os.kill(os.getpid(), signal.SIGTERM)
         return started[0]
@@ -234,7 +266,7 @@ def test_two_comparisons_do_not_share_a_folder(tmp_path: Path) -> None:
     with processes.alone(tmp_path / "out") as lock:
         with pytest.raises(UserError, match="Another comparison is at work"):
             compare(path)
-        child = processes.launch([sys.executable, "-c", SLOW], subprocess.DEVNULL, lock, 1)
+        child = processes.launch([sys.executable, "-c", SLOW], subprocess.DEVNULL, lock, os.environ)
     try:
         with pytest.raises(UserError, match="or a run that a killed one left behind"):
             compare(path)

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from dsfreeze.recipe_yaml import dump_yaml
 from dsfreeze.record import SUMMARY, read_record
 
 SCORES, LOCK, RECIPES, LOGS = "scores.json", ".lock", "recipes", "logs"
+#: Where NVIDIA's driver lists its GPUs, a folder each.
+_DRIVER = Path("/proc/driver/nvidia/gpus")
 #: Lines of a log's end in which a run says why it failed.
 _TAIL = 20
 #: Exit codes of a run that a signal ended, after its checkpoint or before it had anything to save.
@@ -50,6 +52,8 @@ class Processes:
 
     def __init__(self, folder: Path, *, lock: int | None, jobs: int, keep_models: bool) -> None:
         self.folder, self.lock, self.jobs, self.keep_models = folder, lock, jobs, keep_models
+        self.gpus = visible_gpus()
+        self._on: dict[str, str] = {}  # which GPU work is on
 
     def start(self, work: Work) -> Process:
         """The process; what an earlier one left is gone on with from its checkpoint, or removed."""
@@ -62,7 +66,7 @@ class Processes:
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("w", encoding="utf-8") as file:
-                return launch(command, file, self.lock, self.jobs)
+                return launch(command, file, self.lock, self._environment(work))
         except OSError as error:
             raise UserError(f"Cannot start a run with the log {log}: {error.strerror}. {_AGAIN}") from None
 
@@ -76,6 +80,7 @@ class Processes:
 
     def ended(self, work: Work, code: int) -> Result:
         """The result of a process with that exit code (-n: killed by signal n)."""
+        self._on.pop(work.key, None)
         found = finished(work) if code == 0 else None
         if found is None:
             return Result("interrupted" if code in _STOPPED else "failed", self._why(work, code))
@@ -83,6 +88,16 @@ class Processes:
             for checkpoint in folder_of(work).glob("checkpoint-*"):
                 shutil.rmtree(checkpoint, ignore_errors=True)
         return found
+
+    def _environment(self, work: Work) -> dict[str, str]:
+        """Runs at once share the cores, and have a GPU each while there are enough."""
+        environment = dict(os.environ)
+        if self.jobs > 1:
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.jobs)))
+        if self.gpus:
+            taken = list(self._on.values())
+            self._on[work.key] = environment["CUDA_VISIBLE_DEVICES"] = min(self.gpus, key=taken.count)
+        return environment
 
     def _why(self, work: Work, code: int) -> str:
         """What a run said last, and how it ended."""
@@ -99,15 +114,20 @@ class Processes:
         return self.folder / kind / relative.with_name(relative.name + ending)
 
 
-def launch(command: Sequence[str], log: Any, lock: int | None, jobs: int) -> Process:
-    """A process of its own session, so that signals reach it through us alone; several at once share the cores."""
-    environment = dict(os.environ)
-    if jobs > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+def launch(command: Sequence[str], log: Any, lock: int | None, environment: Mapping[str, str]) -> Process:
+    """A process of its own session, so that signals reach it through us alone."""
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
         pass_fds=() if lock is None else (lock,),
     )  # fmt: skip
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES names, or numbers of all that the driver lists; empty on a machine without."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip()]
+    return [str(number) for number, _ in enumerate(_DRIVER.glob("*"))]
 
 
 def command_of(work: Work, recipe: Path) -> list[str]:
