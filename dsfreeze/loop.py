@@ -29,6 +29,7 @@ from dsfreeze.errors import UserError
 from dsfreeze.estimate import estimate
 from dsfreeze.estimate.flops import prefix_flops
 from dsfreeze.evaluation import evaluate
+from dsfreeze.folder_lock import FolderLock
 from dsfreeze.interrupt import Interrupt, Interrupted
 from dsfreeze.job import Job, prepare_job
 from dsfreeze.journal import Journal
@@ -93,7 +94,13 @@ class Run:
     # -- the run -----------------------------------------------------------------------------------------------
 
     def start(self) -> dict[str, Any]:
-        resumed = find_start(self.job, self.total, self.loader.global_batch_size)
+        lock = FolderLock(self.job.output_dir, "train.output_dir")
+        try:
+            return self._start(find_start(self.job, self.total, self.loader.global_batch_size, lock))
+        finally:
+            lock.release()
+
+    def _start(self, resumed: Checkpoint | None) -> dict[str, Any]:
         if resumed and self.job.plan.decide_at is not None:
             self.job.plan = resumed.plan  # an adaptive plan, as far as it has been decided
         if resumed:

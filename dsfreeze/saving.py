@@ -15,13 +15,14 @@ from dsfreeze.engine.process import agree, together
 from dsfreeze.engine.ranks import read_ranks
 from dsfreeze.errors import UserError
 from dsfreeze.export import export_model, require_writable
+from dsfreeze.folder_lock import FolderLock
 from dsfreeze.job import Job
 from dsfreeze.recipe_freeze import CACHE_KEYS
 from dsfreeze.record import MODEL, SUMMARY, require_free
 
 
-def find_start(job: Job, total_steps: int, global_batch_size: int) -> Checkpoint | None:
-    """The checkpoint to resume from, if any, once everything that this run will write has a place (collective).
+def find_start(job: Job, total_steps: int, global_batch_size: int, lock: FolderLock) -> Checkpoint | None:
+    """The checkpoint to resume from, if any, once everything that this run will write has a place of its own (collective).
 
     UserError, before DeepSpeed sees any of it, when it is of another plan, model or batch, or has nothing left to do;
     when the ranks see different ones; and when the folder holds what is not ours.
@@ -29,6 +30,7 @@ def find_start(job: Job, total_steps: int, global_batch_size: int) -> Checkpoint
     found = together(lambda: _look_around(job, total_steps, global_batch_size))
     manifest = json.dumps(found.manifest, sort_keys=True) if found else ""
     agree(hashlib.sha256(manifest.encode()).hexdigest(), "the checkpoint to resume from")
+    _on_leader(lock.take)
     if found is not None:
         step = found.step
         _on_leader(lambda: checkpoints.set_aside_later(job.output_dir, step))

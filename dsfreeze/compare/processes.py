@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -15,10 +14,11 @@ from typing import Any
 from dsfreeze.compare.queue import Process, Result, Work
 from dsfreeze.errors import UserError
 from dsfreeze.files import write_whole
+from dsfreeze.folder_lock import FolderLock
 from dsfreeze.recipe_yaml import dump_yaml
 from dsfreeze.record import SUMMARY, read_record
 
-SCORES, LOCK, RECIPES, LOGS = "scores.json", ".lock", "recipes", "logs"
+SCORES, RECIPES, LOGS = "scores.json", "recipes", "logs"
 #: Where NVIDIA's driver lists its GPUs, a folder each.
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 #: Lines of a log's end in which a run says why it failed.
@@ -29,22 +29,14 @@ _AGAIN = "Free disk space, and run the same command again."
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[int]:
-    """A lock on the folder, made where it is missing: its file descriptor, which processes inherit, so that a killed comparison's runs hold
-    it. UserError when somebody else does."""
+def alone(folder: Path) -> Iterator[int | None]:
+    """A lock on the folder: its file descriptor, which processes inherit, so that a killed comparison's runs hold it."""
+    lock = FolderLock(folder, "output_dir")
+    lock.take()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("w")
-    except OSError as error:
-        raise UserError(f"Cannot make {folder} (output_dir): {error.strerror}.") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"Another comparison is at work in {folder}, or a run that a killed one left behind. Wait for it, or end it."
-            ) from None
-        yield file.fileno()
+        yield lock.fileno()
+    finally:
+        lock.release()
 
 
 class Processes:

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import shutil
@@ -20,13 +19,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dsfreeze.files import write_whole
+from dsfreeze.folder_lock import NO_LOCKS
 
 MANIFEST = "manifest.json"
 WRITER = ".writer"
 NAME_LETTERS = 16
 _DIGEST_LETTERS = 12
 _LISTED = 3
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 class CacheFolder:
@@ -64,7 +63,7 @@ class CacheFolder:
             self.note = f"Another process writes the prefix cache {self.path}; this one only reads it."
             return False
         except (OSError, NotImplementedError) as error:
-            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
                 return self._refused(error)
             self.note = (
                 f"The disk of the prefix cache {self.path} has no locks; several runs may store the same states."
