@@ -207,7 +207,7 @@ def find_checkpoint(output_dir: Path, wanted: bool | Path) -> Checkpoint:
     """
     if wanted is not True:
         return open_checkpoint(Path(str(wanted)))
-    folders = _numbered(output_dir)
+    folders = numbered(output_dir)
     for folder in reversed(folders):
         try:
             return _open(folder)
@@ -222,7 +222,7 @@ def find_checkpoint(output_dir: Path, wanted: bool | Path) -> Checkpoint:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Our own checkpoint-N folders, oldest step first; whether their files are whole is not looked at."""
-    return [folder for folder in _numbered(output_dir) if _is_ours(folder)]
+    return [folder for folder in numbered(output_dir) if _is_ours(folder)]
 
 
 def set_aside_later(output_dir: Path, step: int) -> list[Path]:
@@ -240,7 +240,7 @@ def set_aside_later(output_dir: Path, step: int) -> list[Path]:
         ) from error
 
 
-def _numbered(output_dir: Path) -> list[Path]:
+def numbered(output_dir: Path) -> list[Path]:
     folders = [p for p in output_dir.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal()]
     return sorted(folders, key=_number)
 

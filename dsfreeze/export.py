@@ -3,7 +3,7 @@
     MODEL/  config.json, model*.safetensors, tokenizer, generation_config.json, README.md, dsfreeze_plan.json
     DELTA/  delta.safetensors (the tensors that trained, adapters unmerged), delta.json (base, task, plan), README.md
 
-Folders are written under another name and renamed when whole. Only a folder of our own is replaced.
+Both have SHA256SUMS of their tensors' files, as `sha256sum -c` reads it. Folders are written under another name and renamed when whole. Only a folder of our own is replaced.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 DELTA_FORMAT = 2
 WEIGHTS, MANIFEST, PLAN, CARD = "delta.safetensors", "delta.json", "dsfreeze_plan.json", "README.md"
+SUMS = "SHA256SUMS"
 MERGED = "dsfreeze_merge.json"  # what a merged model was made of (`dsfreeze.merging`)
 
 
@@ -205,6 +206,7 @@ def written_aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
+        (aside / SUMS).write_text(sums_of(aside), encoding="utf-8")
         _swap(aside, folder)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -212,6 +214,11 @@ def written_aside(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def sums_of(folder: Path) -> str:
+    """SHA-256 of a folder's safetensors files, as `sha256sum` writes them."""
+    return "".join(f"{sha256_of(path)}  {path.name}\n" for path in sorted(folder.glob("*.safetensors")))
 
 
 def _is_ours(folder: Path) -> bool:

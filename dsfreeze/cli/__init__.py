@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from dsfreeze import __version__
+from dsfreeze.cli.checking import check
 from dsfreeze.cli.comparing import compare
 from dsfreeze.cli.output import escape, is_leader, say, write
 from dsfreeze.cli.planning import plan
@@ -33,7 +34,21 @@ app = typer.Typer(
     help="Choose which layers to fine-tune, know what it costs, and train exactly that under DeepSpeed ZeRO.",
 )  # fmt: skip
 #: In the order of the help.
-for _command in (train, plan, analyze, cache, evaluate, continual, compare, report, export, merge, models, quickstart):
+for _command in (
+    train,
+    plan,
+    analyze,
+    cache,
+    evaluate,
+    continual,
+    compare,
+    report,
+    check,
+    export,
+    merge,
+    models,
+    quickstart,
+):
     app.command()(_command)
 
 
