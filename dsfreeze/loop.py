@@ -25,7 +25,6 @@ from dsfreeze.engine import Engine, Memory
 from dsfreeze.engine.process import agree, build_engine, process_group, together
 from dsfreeze.engine.ranks import Ranks
 from dsfreeze.environment import describe_environment
-from dsfreeze.errors import UserError
 from dsfreeze.estimate import estimate
 from dsfreeze.estimate.flops import prefix_flops
 from dsfreeze.evaluation import evaluate
@@ -33,6 +32,7 @@ from dsfreeze.folder_lock import FolderLock
 from dsfreeze.interrupt import Interrupt, Interrupted
 from dsfreeze.job import Job, prepare_job
 from dsfreeze.journal import Journal
+from dsfreeze.nonfinite import NonFiniteSteps
 from dsfreeze.objectives import Term, objective_of
 from dsfreeze.objectives.retain import terms_of
 from dsfreeze.phases import Phases
@@ -84,6 +84,7 @@ class Run:
         self.steps = ReadAhead(self.loader, self.prefix)
         self.terms: list[Term] = []
         self.stopping = EarlyStopping(job)
+        self.nonfinite = NonFiniteSteps(job.recipe)
         self.step = 0
         self.metrics: dict[str, dict[str, float]] = {}
         self.seconds: list[float] = []
@@ -135,6 +136,7 @@ class Run:
         self.phases.load_state_dict(state["phases"])
         self.metrics.update(state["metrics"])
         self.stopping.load_state_dict(state["stopping"])
+        self.nonfinite.load_state_dict(state.get("nonfinite", {"skipped": 0}))
         self.step, self.loss = found.step, state["loss"]
         self.console.print(f"resumed from {found.folder}", highlight=False)
 
@@ -175,7 +177,7 @@ class Run:
         for (batch, items), chosen, staged in zip(step.micro_batches, step.chosen, ready.staged, strict=True):
             self.fullest = max(self.fullest, tuple(batch["input_ids"].shape), key=math.prod)
             with self.prefix.around(engine, self.prefix.train, chosen, batch, staged, counts=items > 0):
-                loss += engine.forward_backward(batch, items / step.global_items)
+                loss += self.nonfinite.see(engine.forward_backward(batch, items / step.global_items), chosen)
         for term in self.terms:
             term.before_step(engine, self.step)
         learning_rate, own = rates_at(self.job.plan, self.step, self.schedule, self.options.learning_rate)
@@ -183,15 +185,10 @@ class Run:
         failed = float(self.journal.failure is not None)
         loss, tokens, failures, *signals = engine.sum([loss, float(step.tokens), failed, *interrupt.flags()])
         seconds = time.perf_counter() - began
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise UserError(
-                f"The loss of step {self.step} is {loss} and its gradient norm {norm}: training cannot go on. Lower "
-                f"train.learning_rate (now {self.options.learning_rate:g}), check the data for empty examples, or set "
-                "train.max_grad_norm."
-            )
+        taken = self.nonfinite.taken(engine, self.step + 1, loss, norm)
         if failures:
             together(self.journal.raise_failure)
-        self.step, self.loss = self.step + 1, loss
+        self.step, self.loss = self.step + 1, loss if taken else self.loss
         self.seconds.append(seconds)
         self.prefix.after_step(seconds + self.steps.last_wait)
         memory = engine.memory()
@@ -200,11 +197,13 @@ class Run:
             "seconds": seconds, "tokens": int(tokens), "tokens_per_second": tokens / seconds,
             "memory_allocated": memory.allocated, "memory_peak": memory.peak, "phase": phase.first_step,
         }  # fmt: skip
+        if not taken:
+            line["skipped"] = True
         if self.terms:
             line["penalty"] = sum(term.value(engine) for term in self.terms)
         self.journal.step(line, track=self.step % self.options.logging_steps == 0 or self.step == self.total)
-        bar.advance(self.step, loss, tokens / seconds)
-        self.phases.after_step(engine, self.step, loss, learning_rate)
+        bar.advance(self.step, self.loss, tokens / seconds)
+        self.phases.after_step(engine, self.step, self.loss, learning_rate)
         if any(signals):
             raise Interrupted(interrupt.first(signals), self.step, str(self._save(engine)))
         self._between_steps(engine, step.last_of_epoch)
@@ -249,7 +248,7 @@ class Run:
         state = {
             "loader": self.steps.state_dict(), "global_batch_size": self.loader.global_batch_size,
             "metrics": self.metrics, "loss": self.loss, "phases": self.phases.state_dict(), "num_steps": self.total,
-            "stopping": self.stopping.state_dict(),
+            "stopping": self.stopping.state_dict(), "nonfinite": self.nonfinite.state_dict(),
         }  # fmt: skip
         folder = save_checkpoint(engine, self.job, self.step, state)
         self.journal.event("checkpoint", step=self.step, folder=folder.name)
@@ -292,7 +291,7 @@ class Run:
             num_steps=self.total,
         )  # fmt: skip
         return {
-            "steps": self.step, "loss": self.loss, "metrics": self.metrics,
+            "steps": self.step, "skipped_steps": self.nonfinite.skipped, "loss": self.loss, "metrics": self.metrics,
             "strategy": job.plan.strategy, "plan_digest": job.plan.digest,
             "trainable": cost.trainable, "held": cost.held, "total": cost.total,
             "flops_vs_full": cost.flops_per_token / cost.full_flops_per_token, "full_flops_per_token": cost.full_flops_per_token,

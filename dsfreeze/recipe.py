@@ -135,6 +135,9 @@ class TrainOptions(Section):
     """AdamW's epsilon."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Global norm to which gradients are clipped; 0 does not clip."""
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps that may be left out because their loss or gradient is no finite number; one more ends the run, and so does the first by
+    default."""
     optim: Literal["adamw_torch"] = "adamw_torch"
     """The optimizer. GaLore and its kin need whole matrices, and ZeRO hands an optimizer flat slices of them."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"

@@ -31,12 +31,17 @@ def metrics_table(name: str, metrics: Mapping[str, float]) -> Table:
     return table
 
 
+def _left_out(summary: Mapping[str, Any]) -> str:
+    skipped = summary.get("skipped_steps", 0)
+    return f" ({skipped} left out, not finite)" if skipped else ""
+
+
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """What a training run did and took."""
     table = Table(show_header=False, title="summary", title_justify="left")
     memory = summary["memory"]
     rows = [
-        ("steps", f"{summary['steps']}, last loss {summary['loss']:.4f}"),
+        ("steps", f"{summary['steps']}{_left_out(summary)}, last loss {summary['loss']:.4f}"),
         ("trainable", f"{million(summary['trainable'])} of {million(summary['total'])} parameters "
                       f"({100 * summary['trainable'] / summary['total']:.1f} %)" + _held(summary)),
         ("FLOPs per token", f"{100 * summary['flops_vs_full']:.0f} % of full tuning" + _spared(summary)),
