@@ -76,7 +76,7 @@ def test_a_few_are_left_out_by_option(tmp_path: Path, monkeypatch: pytest.Monkey
         return norm
 
     monkeypatch.setattr(LocalEngine, "step", watched)
-    asked = recipe(tmp_path, max_skipped_steps=1, export=True)
+    asked = recipe(tmp_path, max_skipped_steps=1, export=True, warmup_steps=0)
     summary = train(asked, QUIET)
     assert (summary["steps"], summary["skipped_steps"]) == (4, 1)
     lines = read_record(asked.train.output_dir).steps
