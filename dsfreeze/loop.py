@@ -42,7 +42,7 @@ from dsfreeze.prefix.cache import PrefixCache
 from dsfreeze.progress import StepBar, watched
 from dsfreeze.recipe import Recipe
 from dsfreeze.reference import measure_reference, recall_reference
-from dsfreeze.saving import find_start, save_checkpoint, save_model
+from dsfreeze.saving import CheckpointWriter, find_start, save_model
 from dsfreeze.schedule import learning_rate_schedule, rates_at
 from dsfreeze.stopping import EarlyStopping
 from dsfreeze.trackers import require_trackers
@@ -85,6 +85,7 @@ class Run:
         self.terms: list[Term] = []
         self.stopping = EarlyStopping(job)
         self.nonfinite = NonFiniteSteps(job.recipe)
+        self.writer = CheckpointWriter(job)
         self.step = 0
         self.metrics: dict[str, dict[str, float]] = {}
         self.seconds: list[float] = []
@@ -123,6 +124,7 @@ class Run:
             together(lambda: self._open_journal(engine, resumed.step if resumed else None))
             return self._run(engine)
         finally:
+            self.writer.close()
             self.journal.close()
             self.steps.close()
             self.prefix.close()
@@ -156,6 +158,7 @@ class Run:
             with StepBar(self.console, self.total, self.step, self.options.logging_steps, shown=self.leader) as bar:
                 while self.step < self.total and not self.stopping.over:
                     self._one_step(engine, next(self.steps), interrupt, bar)
+            self.writer.wait()
         # from here on a signal acts at once: the last step is saved, and resuming does what is left
         memory = engine.memory()
         if self.seconds:
@@ -182,11 +185,12 @@ class Run:
             term.before_step(engine, self.step)
         learning_rate, own = rates_at(self.job.plan, self.step, self.schedule, self.options.learning_rate)
         norm = engine.step(learning_rate, own)
-        failed = float(self.journal.failure is not None)
+        failed = float(self.journal.failure is not None or self.writer.failed)
         loss, tokens, failures, *signals = engine.sum([loss, float(step.tokens), failed, *interrupt.flags()])
         seconds = time.perf_counter() - began
         taken = self.nonfinite.taken(engine, self.step + 1, loss, norm)
         if failures:
+            self.writer.wait()
             together(self.journal.raise_failure)
         self.step, self.loss = self.step + 1, loss if taken else self.loss
         self.seconds.append(seconds)
@@ -205,7 +209,9 @@ class Run:
         bar.advance(self.step, self.loss, tokens / seconds)
         self.phases.after_step(engine, self.step, self.loss, learning_rate)
         if any(signals):
-            raise Interrupted(interrupt.first(signals), self.step, str(self._save(engine)))
+            folder = self._save(engine)
+            self.writer.wait()
+            raise Interrupted(interrupt.first(signals), self.step, str(folder))
         self._between_steps(engine, step.last_of_epoch)
 
     def _between_steps(self, engine: Engine, epoch_ended: bool) -> None:
@@ -250,7 +256,7 @@ class Run:
             "metrics": self.metrics, "loss": self.loss, "phases": self.phases.state_dict(), "num_steps": self.total,
             "stopping": self.stopping.state_dict(), "nonfinite": self.nonfinite.state_dict(),
         }  # fmt: skip
-        folder = save_checkpoint(engine, self.job, self.step, state)
+        folder = self.writer.save(engine, self.step, state)
         self.journal.event("checkpoint", step=self.step, folder=folder.name)
         return folder
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsfreeze import checkpoint as checkpoints
+from dsfreeze.background import Background
 from dsfreeze.checkpoint import Checkpoint
 from dsfreeze.engine import Engine
 from dsfreeze.engine.process import agree, together
@@ -104,17 +105,39 @@ def _rules(job: Job) -> dict[str, dict[str, Any]]:
     }
 
 
-def save_checkpoint(engine: Engine, job: Job, step: int, trainer_state: Mapping[str, Any]) -> Path:
-    """Write checkpoint-`step`; returns the folder (collective)."""
-    state = engine.export_state()
-    trainer_state = {**trainer_state, **_rules(job)}
-    folder, keep = job.output_dir / f"{checkpoints.PREFIX}{step}", job.recipe.train.save_total_limit
-    _on_leader(
-        lambda: checkpoints.save(
-            job.output_dir, step, state, job.plan, job.base, trainer_state, first_plan=job.first_plan, keep=keep
-        )
-    )
-    return folder
+class CheckpointWriter:
+    """Writes checkpoints beside the training, which waits while the state is copied to the host, and no longer; where the one before is not
+    written yet, for that too. Collective but for `failed`; rank 0 writes."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._background = Background("checkpoint")
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that the last one could not be written."""
+        return self._background.failed
+
+    def save(self, engine: Engine, step: int, trainer_state: Mapping[str, Any]) -> Path:
+        """Begin to write checkpoint-`step`; returns the folder that will be. UserError when the one before could not be written."""
+        job, state = self.job, engine.export_state()
+        # as it is now: the loop goes on with these values
+        told = json.loads(json.dumps({**trainer_state, **_rules(job)}))
+        plan, keep = job.plan, job.recipe.train.save_total_limit
+
+        def write() -> None:
+            checkpoints.save(job.output_dir, step, state, plan, job.base, told, first_plan=job.first_plan, keep=keep)
+
+        _on_leader(lambda: self._background.start(write))
+        return job.output_dir / f"{checkpoints.PREFIX}{step}"
+
+    def wait(self) -> None:
+        """Until every checkpoint is whole; UserError, on every rank, when one could not be written."""
+        _on_leader(self._background.wait)
+
+    def close(self) -> None:
+        """On every way out, and not collective: what is being written becomes whole."""
+        self._background.close()
 
 
 def save_model(engine: Engine, job: Job, metrics: Mapping[str, float]) -> Path:

@@ -23,7 +23,7 @@ from dsfreeze.prefix.store import DiskStore
 from dsfreeze.prefix.streaming import prefill
 from dsfreeze.recipe import ModelOptions, Recipe
 from dsfreeze.record import RECIPE
-from dsfreeze.saving import save_checkpoint, save_model
+from dsfreeze.saving import CheckpointWriter, save_model
 
 CONFIGS = {
     "gpt2": GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=258, n_positions=64, bos_token_id=1, eos_token_id=1),
@@ -81,7 +81,9 @@ def test_checkpoints_serve_both_and_export_the_whole_model(tmp_path: Path) -> No
     recipe = evicted(recipe_of(tmp_path))
     _, stepper = losses(recipe)
     job = stepper.job
-    save_checkpoint(stepper.engine, job, 4, {"num_steps": 8, "global_batch_size": 4})
+    writer = CheckpointWriter(job)
+    writer.save(stepper.engine, 4, {"num_steps": 8, "global_batch_size": 4})
+    writer.wait()
     (job.output_dir / RECIPE).write_text(recipe.model_dump_json(exclude_unset=True))
     exported = tensors_of(export_folder(job.output_dir, tmp_path / "out", delta=False, base=None))
     own = tensors_of(save_model(stepper.engine, job, {}))
