@@ -21,7 +21,7 @@ from rich.console import Console
 
 from dsfreeze.checkpoint import Checkpoint
 from dsfreeze.data import Loader, check_packing, num_steps_of
-from dsfreeze.engine import Engine, Memory
+from dsfreeze.engine import Engine, Memory, whereabouts
 from dsfreeze.engine.process import agree, build_engine, process_group, together
 from dsfreeze.engine.ranks import Ranks
 from dsfreeze.environment import describe_environment
@@ -170,6 +170,7 @@ class Run:
 
     def _one_step(self, engine: Engine, ready: Ready, interrupt: Interrupt, bar: StepBar) -> None:
         began, step = time.perf_counter(), ready.step
+        whereabouts.begin(f"step {self.step + 1}")
         phase = self.phases.enter(engine, self.step)
         self.prefix.enter(engine, phase, self.step)
         # dropout depends on (seed, step, rank) alone, so a resumed run needs no generator state
@@ -239,6 +240,7 @@ class Run:
         data = (self.job.data.held_out if between else None) or self.job.data
         if data.eval is None or self.options.eval_strategy == "no":
             return
+        whereabouts.begin(f"the evaluation {when}")
         own = cached and data is self.job.data
         around = partial(self.prefix.around, engine, self.prefix.eval) if own else None
         self.metrics[when] = evaluate(engine, data, self.job.recipe, around)
@@ -256,12 +258,14 @@ class Run:
             "metrics": self.metrics, "loss": self.loss, "phases": self.phases.state_dict(), "num_steps": self.total,
             "stopping": self.stopping.state_dict(), "nonfinite": self.nonfinite.state_dict(),
         }  # fmt: skip
+        whereabouts.begin(f"the checkpoint of step {self.step}")
         folder = self.writer.save(engine, self.step, state)
         self.journal.event("checkpoint", step=self.step, folder=folder.name)
         return folder
 
     def _finish(self, engine: Engine, memory: Memory) -> dict[str, Any]:
         """Export the model, if it is wanted, and write the summary, which every rank returns."""
+        whereabouts.begin("the end of the run")
         summary = self._summary(engine, memory)
         summary["predicted"] = self._predicted(engine, memory) if self.leader else None
         if self.options.export:

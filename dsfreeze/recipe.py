@@ -165,6 +165,8 @@ class TrainOptions(Section):
     """Write the trained model to output_dir/model at the end, as a folder `from_pretrained` loads."""
     resume_from_checkpoint: bool | Path | None = None
     """True continues from the newest whole checkpoint in output_dir, a path from that one."""
+    ddp_timeout: Annotated[int, Field(ge=1)] = 1800
+    """Seconds that ranks wait for one that does not come, before the run ends and says which it was and where."""
     seed: Seed = 42
     """Seeds model heads, data order and dropout."""
     bf16: bool = False

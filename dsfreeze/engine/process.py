@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dsfreeze.anatomy import Anatomy
-from dsfreeze.engine import Engine
+from dsfreeze.engine import Engine, whereabouts
 from dsfreeze.engine.masks import make_masks
 from dsfreeze.engine.ranks import Ranks, device_of, read_ranks
 from dsfreeze.errors import UserError
@@ -48,15 +49,19 @@ def process_group(recipe: Recipe) -> Iterator[Ranks]:
             )
         yield ranks
         return
-    joined = _join(ranks)
+    joined = _join(ranks, timedelta(seconds=recipe.train.ddp_timeout))
     try:
         yield ranks
+    except RuntimeError as error:
+        if (told := whereabouts.explained(error)) is None:
+            raise
+        raise told from error
     finally:
         if joined:
             _leave(in_order=sys.exception() is None)
 
 
-def _join(ranks: Ranks) -> bool:
+def _join(ranks: Ranks, timeout: timedelta) -> bool:
     """Start the process group unless there is one; whether this call started it."""
     if dist.is_initialized():
         return False
@@ -72,7 +77,8 @@ def _join(ranks: Ranks) -> bool:
         torch.cuda.set_device(ranks.device)
     if ranks.rank == 0:
         warn_of_locks()
-    deepspeed.init_distributed(verbose=False)
+    deepspeed.init_distributed(verbose=False, timeout=timeout)
+    whereabouts.listen()
     return True
 
 

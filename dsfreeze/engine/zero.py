@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 from dsfreeze.anatomy import Anatomy
-from dsfreeze.engine import Piece, TensorState
+from dsfreeze.engine import Piece, TensorState, whereabouts
 from dsfreeze.engine.base import BaseEngine
 from dsfreeze.engine.flats import Flat, Pieces, Range, Slot, lay_out
 from dsfreeze.engine.gradients import gradient_shares, gradient_views, renew_norms
@@ -68,6 +68,7 @@ class ZeroEngine(BaseEngine):
         self.engine, *_ = deepspeed.initialize(
             model=self.module, optimizer=self.optimizer, config=self.config, dist_init_required=False
         )
+        whereabouts.limit(self.recipe.train.ddp_timeout)
         self._refuse_other_steps()
         if self.stage == 0:
             self.optimizer.state.clear()
@@ -83,6 +84,7 @@ class ZeroEngine(BaseEngine):
         deepspeed = import_deepspeed()
         deepspeed.zero.Init(module=self.module, config_dict_or_path=self.config)
         self.engine, *_ = deepspeed.initialize(model=self.module, config=self.config, dist_init_required=False)
+        whereabouts.limit(self.recipe.train.ddp_timeout)
 
     def _refreeze(self, names: tuple[str, ...]) -> None:
         settings = {name: settings_of(group) for group in self.groups for name in group.tensors}
