@@ -42,7 +42,7 @@ from dsfreeze.prefix.cache import PrefixCache
 from dsfreeze.progress import StepBar, watched
 from dsfreeze.recipe import Recipe
 from dsfreeze.reference import measure_reference, recall_reference
-from dsfreeze.saving import CheckpointWriter, find_start, save_model
+from dsfreeze.saving import CheckpointWriter, find_start, resume_step, save_model
 from dsfreeze.schedule import learning_rate_schedule, rates_at
 from dsfreeze.stopping import EarlyStopping
 from dsfreeze.trackers import require_trackers
@@ -121,7 +121,7 @@ class Run:
                 term.start(engine)
             if resumed:
                 self._resume(engine, resumed)
-            together(lambda: self._open_journal(engine, resumed.step if resumed else None))
+            together(lambda: self._open_journal(engine, resume_step(self.job, resumed)))
             return self._run(engine)
         finally:
             self.writer.close()

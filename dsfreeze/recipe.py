@@ -163,8 +163,9 @@ class TrainOptions(Section):
     """Keep only the newest so many checkpoints."""
     export: bool = True
     """Write the trained model to output_dir/model at the end, as a folder `from_pretrained` loads."""
-    resume_from_checkpoint: bool | Path | None = None
-    """True continues from the newest whole checkpoint in output_dir, a path from that one."""
+    resume_from_checkpoint: bool | Literal["auto"] | Path | None = None
+    """True continues from the newest whole checkpoint in output_dir, a path from that one; `auto` does so where there is one and begins
+    anew where the run has not come to its first, for schedulers that start a job again."""
     ddp_timeout: Annotated[int, Field(ge=1)] = 1800
     """Seconds that ranks wait for one that does not come, before the run ends and says which it was and where."""
     seed: Seed = 42

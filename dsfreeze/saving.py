@@ -19,7 +19,10 @@ from dsfreeze.export import export_model, require_writable
 from dsfreeze.folder_lock import FolderLock
 from dsfreeze.job import Job
 from dsfreeze.recipe_freeze import CACHE_KEYS
-from dsfreeze.record import MODEL, SUMMARY, require_free
+from dsfreeze.record import MODEL, SUMMARY, holds_record, require_free
+
+#: `train.resume_from_checkpoint` of a job that may be started more than once.
+AUTO = "auto"
 
 
 def find_start(job: Job, total_steps: int, global_batch_size: int, lock: FolderLock) -> Checkpoint | None:
@@ -38,9 +41,16 @@ def find_start(job: Job, total_steps: int, global_batch_size: int, lock: FolderL
     return found
 
 
+def resume_step(job: Job, found: Checkpoint | None) -> int | None:
+    """The step after which this run goes on with the record that is there; None where it begins one."""
+    if found is not None:
+        return found.step
+    return 0 if job.recipe.train.resume_from_checkpoint == AUTO and holds_record(job.output_dir) else None
+
+
 def _look_around(job: Job, total_steps: int, global_batch_size: int) -> Checkpoint | None:
     found = _find_checkpoint(job, total_steps, global_batch_size)
-    require_free(job.output_dir, job.plan, resume_step=found.step if found else None)
+    require_free(job.output_dir, job.plan, resume_step=resume_step(job, found))
     if job.recipe.train.export:
         require_writable(job.output_dir / MODEL)
     return found
@@ -53,8 +63,9 @@ def _on_leader(write: Callable[[], object]) -> None:
 
 def _find_checkpoint(job: Job, total_steps: int, global_batch_size: int) -> Checkpoint | None:
     wanted = job.recipe.train.resume_from_checkpoint
-    if not wanted:
+    if not wanted or (wanted == AUTO and not checkpoints.list_checkpoints(job.output_dir)):
         return None
+    wanted = True if wanted == AUTO else wanted
     found = checkpoints.find_checkpoint(job.output_dir, wanted)
     checkpoints.require_same(found, job.plan, job.base)
     _require_same_batch(job, found.trainer_state["global_batch_size"], global_batch_size)

@@ -207,3 +207,29 @@ def test_packed_training_runs_and_a_model_that_leaks_between_examples_is_refused
     raw["train"]["output_dir"] = str(tmp_path / "leaks")
     with pytest.raises(UserError, match="see each other"):
         train(Recipe.model_validate(raw))
+
+
+def test_a_job_that_is_started_again_goes_on_or_begins_anew(tmp_path, monkeypatch):
+    """`auto`. Oracle: the uninterrupted run's losses; a kill before the first checkpoint and one after it, as a scheduler would start it again."""
+    options = {"save_strategy": "steps", "save_steps": 3, "resume_from_checkpoint": "auto"}
+    train(tiny_recipe(tmp_path, train={**options, "output_dir": str(tmp_path / "whole")}))
+    step, killed = Run._one_step, []
+
+    def dies(run, *args):
+        if run.step in (2, 5) and run.step not in killed:
+            killed.append(run.step)
+            run.writer.wait()
+            raise KeyboardInterrupt
+        return step(run, *args)
+
+    monkeypatch.setattr(Run, "_one_step", dies)
+    recipe = tiny_recipe(tmp_path, train=options)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe)
+    train(recipe)
+    whole, again = (read_record(tmp_path / name) for name in ("whole", "run"))
+    assert [line["loss"] for line in again.steps] == [line["loss"] for line in whole.steps]
+    assert [event["event"] for event in again.events].count("resumed") == 2
+    with pytest.raises(UserError, match="nothing is left to do"):
+        train(recipe)
