@@ -210,7 +210,7 @@ class FreezePlan:
             plan = cls(**raw)
         except UserError:
             raise
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RecursionError) as error:
             raise UserError(f"Not a freeze plan: {error}.") from None
         if plan.digest != digest:
             raise UserError("The freeze plan was changed by hand: its digest does not match its phases.")
