@@ -12,11 +12,11 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent / "fuzz"))
 
-from mutate import mutated  # noqa: E402
-from run import fuzz  # noqa: E402
-from targets import TARGETS, seeds_of  # noqa: E402
+from mutate import mutated
+from run import fuzz
+from targets import TARGETS, seeds_of
 
-from dsfreeze.errors import UserError  # noqa: E402
+from dsfreeze.errors import UserError
 
 
 @pytest.mark.filterwarnings("ignore")
