@@ -111,9 +111,15 @@ class Loader(Iterator[Step]):
         return np.random.default_rng([self.seed, self._epoch]).permutation(len(self.examples))
 
     def _deal(self, chosen: np.ndarray) -> list[np.ndarray]:
-        """This rank's share of a global batch, by micro-step; equal shares, the first ones larger by one if need be."""
-        shares = np.array_split(chosen, self.gradient_accumulation_steps * self.world_size)
-        return shares[self.rank :: self.world_size]
+        """This rank's share of a global batch, by micro-step; equal shares, the first ones larger by one if need be (np.array_split's, of
+        which a rank needs its own alone)."""
+        number = self.gradient_accumulation_steps * self.world_size
+        size, larger = divmod(len(chosen), number)
+
+        def start(share: int) -> int:
+            return size * share + min(share, larger)
+
+        return [chosen[start(share) : start(share + 1)] for share in range(self.rank, number, self.world_size)]
 
     def _micro_batch(self, share: np.ndarray) -> tuple[Batch, int]:
         if len(share) == 0:  # real labels, for a mean over none is NaN and 0 x NaN is no filler
