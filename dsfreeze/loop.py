@@ -23,7 +23,7 @@ from dsfreeze.checkpoint import Checkpoint
 from dsfreeze.data import Loader, check_packing, num_steps_of
 from dsfreeze.engine import Engine, Memory, whereabouts
 from dsfreeze.engine.process import agree, build_engine, process_group, together
-from dsfreeze.engine.ranks import Ranks
+from dsfreeze.engine.ranks import Ranks, is_out_of_memory, read_ranks
 from dsfreeze.environment import describe_environment
 from dsfreeze.estimate import estimate
 from dsfreeze.estimate.flops import prefix_flops
@@ -35,6 +35,7 @@ from dsfreeze.journal import Journal
 from dsfreeze.nonfinite import NonFiniteSteps
 from dsfreeze.objectives import Term, objective_of
 from dsfreeze.objectives.retain import terms_of
+from dsfreeze.out_of_memory import explained
 from dsfreeze.phases import Phases
 from dsfreeze.prediction import predict, sentence
 from dsfreeze.prefix.ahead import ReadAhead, Ready
@@ -99,6 +100,11 @@ class Run:
         lock = FolderLock(self.job.output_dir, "train.output_dir")
         try:
             return self._start(find_start(self.job, self.total, self.loader.global_batch_size, lock))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            ranks = read_ranks()
+            raise explained(error, self.job, ranks.device, ranks.world_size, whereabouts.at) from error
         finally:
             lock.release()
 

@@ -52,7 +52,7 @@ def _figures(
     cache_bytes: int,
 ) -> dict[str, Any]:  # fmt: skip
     setting, work = setting_of(job.recipe, world_size), workload_of(job.recipe)
-    activations = _activations(job, setting.dtype_bytes)
+    activations = stored_of(job, setting.dtype_bytes)
 
     def priced(work: Workload) -> Price:
         cost = PlanCost(
@@ -82,8 +82,9 @@ def _besides_states(start: Memory, offloaded: bool) -> int:
     return max(0, start.allocated - states)
 
 
-def _activations(job: Job, dtype_bytes: int) -> TaskActivations:
-    """Those of a shipped model where the run changed nothing of it, else read once from its config and kept in the cache."""
+def stored_of(job: Job, dtype_bytes: int) -> TaskActivations:
+    """What the job's passes store: a shipped model's profile where the run changed nothing of it, else read once from its config and kept
+    in the cache."""
     options, module = job.recipe.model, job.module
     known = known_activations(options.name) if options.dropout is None else None
     attention = options.attn_implementation or getattr(module.config, "_attn_implementation", None)

@@ -49,3 +49,8 @@ def device_of(local_rank: int) -> torch.device:
             f"LOCAL_RANK={local_rank}, but this machine shows {count} GPUs. Launch at most that many ranks here."
         )
     return torch.device("cuda", local_rank)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host, had no room."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

@@ -57,8 +57,14 @@ class Note:
         return not _is_zombie(self.pid)
 
 
+#: What this process began last.
+at = "the beginning"
+
+
 def begin(what: str) -> None:
     """This rank begins something, such as "step 12"."""
+    global at
+    at = what
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     note = {"what": what, "pid": os.getpid(), "host": socket.gethostname()}

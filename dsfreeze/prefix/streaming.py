@@ -28,7 +28,7 @@ from dsfreeze.anatomy import Anatomy, Layer
 from dsfreeze.data.examples import Collate, Example
 from dsfreeze.engine.memory import freed_memory_given_back, give_back
 from dsfreeze.engine.process import everyones, together
-from dsfreeze.engine.ranks import read_ranks
+from dsfreeze.engine.ranks import is_out_of_memory, read_ranks
 from dsfreeze.errors import UserError
 from dsfreeze.job import Job, dtype_of, room_of
 from dsfreeze.prefix.eviction import EVICT, Asked, Load, groups_of, token_embedding
@@ -296,7 +296,7 @@ class _Relay:
         except UserError:
             raise
         except _FAILURES as error:
-            if _out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             raise self._impassable(f"they need more than is there ({type(error).__name__}: {error})") from error
         scale = 300 if self.work.dtype in (torch.float16, torch.bfloat16) else 1
@@ -375,10 +375,6 @@ class _Relay:
             if states is not None and states is not self.store:
                 states.close()
         give_back()
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _name(dtype: torch.dtype) -> str:
