@@ -1,17 +1,24 @@
-"""What tests of launch.sh share: an environment that it takes for installed, and what is left of a launch."""
+"""What tests through the real launchers share: a recipe's file, commands, an environment that launch.sh takes for installed, and what is left
+of a launch."""
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+import yaml
+from tiny_runs import tiny_recipe
 
 ROOT = Path(__file__).parents[1]
+PYTHON = sys.executable
 STAMPED = ("pyproject.toml", "constraints.txt", "embedded-models.txt")
 
 
@@ -71,3 +78,48 @@ def _that_name(folder: Path) -> list[psutil.Process]:
         if alive and any(str(folder) in word for word in process.info["cmdline"] or ()):
             found.append(process)
     return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def surroundings(folder: Path) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")}
+    kept["PATH"] = f"{Path(PYTHON).parent}:{kept['PATH']}"
+    return kept | {"TORCH_EXTENSIONS_DIR": str(folder / "extensions"), "OMP_NUM_THREADS": "1"}
+
+
+def launch(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=surroundings(folder) | environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+def recipe_file(folder: Path, *, zero: str = "zero2", freeze: dict | None = None, **train: object) -> Path:
+    train = {"max_steps": 4, "export": False, "per_device_train_batch_size": 2, **train}
+    recipe = tiny_recipe(folder, zero=zero, freeze=freeze or {}, train=train)
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    return file
+
+
+def deepspeed_train(file: Path, *words: str, module: tuple[str, ...] = ("dsfreeze",)) -> list[str]:
+    """Two ranks under DeepSpeed's launcher."""
+    return [PYTHON, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(free_port()),
+            "--module", *module, "train", str(file), *words]  # fmt: skip
+
+
+def wait_for_steps(run: Path, number: int) -> None:
+    """Return when the run has made so many steps, or none of them in time."""
+    steps, deadline = run / "steps.jsonl", time.monotonic() + 120
+    while not (steps.exists() and steps.read_text().count("\n") >= number) and time.monotonic() < deadline:
+        time.sleep(0.1)

@@ -5,43 +5,31 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 from forks import _free_port
-from launch_kit import fake_venv, left_of, nobody_outlives, signals_obeyed
+from launch_kit import (
+    PYTHON,
+    ROOT,
+    deepspeed_train,
+    fake_venv,
+    launch,
+    left_of,
+    nobody_outlives,
+    recipe_file,
+    signals_obeyed,
+    surroundings,
+    wait_for_steps,
+)  # fmt: skip
 from test_train import losses, train, values
-from tiny_runs import tiny_recipe
 
 from dsfreeze.checkpoint import find_checkpoint
 from dsfreeze.recipe_reader import load_recipe
 from dsfreeze.record import read_record
 
-ROOT = Path(__file__).parents[2]
-PYTHON = sys.executable
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-
-
-def surroundings(folder: Path) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")}
-    kept["PATH"] = f"{Path(PYTHON).parent}:{kept['PATH']}"
-    return kept | {"TORCH_EXTENSIONS_DIR": str(folder / "extensions"), "OMP_NUM_THREADS": "1"}
-
-
-def launch(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env=surroundings(folder) | environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
 
 
 def launch_sh(folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -51,20 +39,6 @@ def launch_sh(folder: Path) -> tuple[list[str], dict[str, str]]:
         [str(ROOT / "launch.sh"), "--num_accelerators", "2", "--master_port", str(_free_port())],
         {"DSFREEZE_VENV": str(venv)},
     )
-
-
-def recipe_file(folder: Path, *, zero: str = "zero2", freeze: dict | None = None, **train: object) -> Path:
-    train = {"max_steps": 4, "export": False, "per_device_train_batch_size": 2, **train}
-    recipe = tiny_recipe(folder, zero=zero, freeze=freeze or {}, train=train)
-    file = folder / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    return file
-
-
-def deepspeed_train(file: Path, *words: str) -> list[str]:
-    """Two ranks under DeepSpeed's launcher."""
-    return [PYTHON, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(_free_port()),
-            "--module", "dsfreeze", "train", str(file), *words]  # fmt: skip
 
 
 def test_every_launcher_gives_the_same_losses(tmp_path):
@@ -118,13 +92,6 @@ def test_launches_of_launch_sh_leave_no_process_and_no_lock(tmp_path):
         assert done.returncode == 0, done.stderr
         assert left_of(tmp_path, seconds=2) == []
         assert list((tmp_path / "extensions").rglob("lock")) == []
-
-
-def wait_for_steps(run: Path, number: int) -> None:
-    """Return when the run has made so many steps, or none of them in time."""
-    steps, deadline = run / "steps.jsonl", time.monotonic() + 120
-    while not (steps.exists() and steps.read_text().count("\n") >= number) and time.monotonic() < deadline:
-        time.sleep(0.1)
 
 
 def the_process(launched: psutil.Process) -> None:
