@@ -57,7 +57,7 @@ def _full(*_: Any) -> None:
 def install(fault: str, step: int) -> None:
     from dsfreeze import checkpoint, loop
     from dsfreeze.engine.zero import ZeroEngine
-    from dsfreeze.prefix.store import Store
+    from dsfreeze.prefix.store import DiskStore
     from dsfreeze.record import Record
 
     def in_step(engine: Any, *_: Any) -> bool:
@@ -82,7 +82,7 @@ def install(fault: str, step: int) -> None:
         case "die in refreeze":
             before(ZeroEngine, "_refreeze", die, in_step)
         case "die in cache fill":
-            before(Store, "put", die)
+            before(DiskStore, "add", die)
         case "full in save":
             before(checkpoint, "save_file", _full, lambda *_: in_step(None))
         case "full in record":
