@@ -94,7 +94,7 @@ def install(fault: str, step: int) -> None:
 RUNS: list[Any] = []
 
 if __name__ == "__main__":
-    fault, rank, step, *words = sys.argv[1:]
+    fault, rank, step, *words = (word for word in sys.argv[1:] if not word.startswith("--local_rank"))
     if os.environ.get("RANK", "0") == rank:
         install(fault, int(step))
     from dsfreeze import cli
