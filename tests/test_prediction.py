@@ -69,7 +69,7 @@ class TestPeak:
         from dsfreeze.setting import Workload
 
         job = prepare_job(tiny_recipe(tmp_path, model=str(llama_folder(tmp_path / "model"))))
-        found = prediction._activations(job, 4)
+        found = prediction.stored_of(job, 4)
         cost = PlanCost(
             job.anatomy, job.plan, found, Workload("classification", 2), dtype_bytes=4, sequence_length=16, num_steps=8
         )
@@ -85,7 +85,7 @@ class TestPeak:
         words = {"prefix_cache": "memory", "evict_prefix": evict}
         folder = llama_folder(tmp_path / "model", hidden=512 if stage else 32)
         job = prepare_job(tiny_recipe(tmp_path, model=str(folder), freeze=words, zero="zero3" if stage else "local"))
-        found = prediction._activations(job, 4)
+        found = prediction.stored_of(job, 4)
         fills, reads = (
             PlanCost(job.anatomy, job.plan, found, work, dtype_bytes=4, sequence_length=16, num_steps=8).at(stage, 1)
             for work in (
