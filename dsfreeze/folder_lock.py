@@ -27,10 +27,12 @@ class FolderLock:
     def __init__(self, folder: Path, what: str) -> None:
         self.folder, self.what = folder, what
         self._file: IO[str] | None = None
+        self._made = False
 
     def take(self) -> None:
         """Make the folder and lock it. UserError when somebody else has it, and says who, or when it cannot be made."""
         try:
+            self._made = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             file = (self.folder / LOCK).open("a+", encoding="utf-8")
         except OSError as error:
@@ -61,11 +63,15 @@ class FolderLock:
         """For children that shall hold it too; None where there are no locks."""
         return None if self._file is None else self._file.fileno()
 
-    def release(self) -> None:
-        """Once is enough."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    def release(self, *, tidy: bool = False) -> None:
+        """Once is enough. `tidy`: a folder that was made for the lock and holds nothing else goes with it; not where children hold it too."""
+        if self._file is None:
+            return
+        if tidy and self._made and [path.name for path in self.folder.iterdir()] == [LOCK]:
+            (self.folder / LOCK).unlink()
+            self.folder.rmdir()
+        self._file.close()
+        self._file = None
 
 
 def _holder(file: IO[str]) -> str:

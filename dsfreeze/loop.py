@@ -106,7 +106,7 @@ class Run:
             ranks = read_ranks()
             raise explained(error, self.job, ranks.device, ranks.world_size, whereabouts.at) from error
         finally:
-            lock.release()
+            lock.release(tidy=True)
 
     def _start(self, resumed: Checkpoint | None) -> dict[str, Any]:
         if resumed and self.job.plan.decide_at is not None:

@@ -72,6 +72,19 @@ def test_a_run_does_not_write_where_another_does(tmp_path: Path) -> None:
     train(resumed)
 
 
+def test_a_run_that_never_began_leaves_no_folder(tmp_path: Path) -> None:
+    """Nor does it take one that was there, or holds anything."""
+    for folder, stays in ((tmp_path / "new", False), (tmp_path / "old", True), (tmp_path / "used", True)):
+        if folder.name == "old":
+            folder.mkdir()
+        lock = FolderLock(folder, "train.output_dir")
+        lock.take()
+        if folder.name == "used":
+            (folder / "steps.jsonl").touch()
+        lock.release(tidy=True)
+        assert folder.exists() == stays
+
+
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"Cannot make .*/file/run \(train.output_dir\): Not a directory"):

@@ -211,7 +211,7 @@ def test_a_merged_folder_is_the_last_one_s_without_its_plan(tmp_path):
         (end / name).write_text("{}")
     out = interpolate(start, end, 0.5, tmp_path / "out")
     assert {f.name for f in out.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "dsfreeze_merge.json",
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "dsfreeze_merge.json", "SHA256SUMS",
     }  # fmt: skip
     note = json.loads((out / "dsfreeze_merge.json").read_text())
     assert (note["alpha"], [m["folder"] for m in note["members"]]) == (0.5, ["start", "end"])

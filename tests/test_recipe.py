@@ -164,7 +164,7 @@ def test_every_mistake_at_once_with_its_line_and_the_nearest_name(written):
         ("recipe.yaml:9: freeze.adapter.r", "a whole number from 1 up"),
         ("recipe.yaml:11: train.optim", "Optimizers that work: adamw_torch"),
         ("recipe.yaml:12: train.report_to[0]", "'tensorboard'"),
-        ("recipe.yaml:13: train.resume_from_checkpoint", "true or false, or a path"),
+        ("recipe.yaml:13: train.resume_from_checkpoint", "true or false, or auto, or a path"),
         ("recipe.yaml:14: train.bf16", "true or false"),
         ("recipe.yaml:16: train.seed", "line 15"),
         ("command line: 'oops'", "key=value"),
