@@ -143,8 +143,9 @@ class Run:
         self.steps.load_state_dict(state["loader"])
         self.phases.load_state_dict(state["phases"])
         self.metrics.update(state["metrics"])
-        self.stopping.load_state_dict(state["stopping"])
-        self.nonfinite.load_state_dict(state.get("nonfinite", {"skipped": 0}))
+        for part, own in (("stopping", self.stopping), ("nonfinite", self.nonfinite)):
+            if part in state:  # absent from checkpoints of older versions
+                own.load_state_dict(state[part])
         self.step, self.loss = found.step, state["loss"]
         self.console.print(f"resumed from {found.folder}", highlight=False)
 

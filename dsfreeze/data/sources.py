@@ -26,7 +26,6 @@ from dsfreeze.files import READERS, nearest_file, no_file, reader_of
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-#: The reader of `datasets` for each file name ending.
 BUILTIN = {"builtin:nli": nli.generate}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 

@@ -89,7 +89,9 @@ def listen() -> None:
 
 def explained(error: BaseException) -> UserError | None:
     """What a broken collective call means; None for other errors."""
-    if not isinstance(error, RuntimeError) or isinstance(error, UserError) or not _LOST.search(str(error)):
+    if not isinstance(error, RuntimeError) or not _LOST.search(str(error)):
+        return None
+    if dist.get_world_size() == 1:  # nobody is there to be lost
         return None
     notes = _notes()
     missing = [notes[rank] for rank in _silent(set(notes) - {dist.get_rank()})]
