@@ -92,5 +92,11 @@ def run_here(
         with contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
             return Ended(cli.run(words))
 
-    monkeypatch.setattr(processes, "launch", launch)
+    launched_by(monkeypatch, launch)
     return seen
+
+
+def launched_by(monkeypatch: pytest.MonkeyPatch, launch: Callable[..., Any]) -> None:
+    """Start runs that way, with GPUs and without."""
+    monkeypatch.setattr(processes, "launch", launch)
+    monkeypatch.setattr(processes.ForkServer, "launch", staticmethod(launch))

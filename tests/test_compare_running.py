@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare_kit import QUIET, TIMES, TRAIN, compare, grid_file, priced_at_once, run_here, without_times
+from compare_kit import QUIET, TIMES, TRAIN, compare, grid_file, launched_by, priced_at_once, run_here, without_times
 
 from dsfreeze.cli.known import anatomy_of
 from dsfreeze.compare import processes, running
@@ -201,6 +201,7 @@ PRETEND = "import os, signal, sys; os.kill(os.getpid(), 9) if 'full' in sys.argv
 def test_real_processes_that_die_do_not_end_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One kills itself as `kill -9` would, the other says why it ends; no shell is asked."""
     priced_at_once(monkeypatch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # so that they are not forked
     monkeypatch.setattr(processes, "command_of", lambda work, recipe: [sys.executable, "-c", PRETEND, work.key])
     cells = compare(grid_file(tmp_path), "jobs=2")["cells"]
     assert [cell["status"] for cell in cells.values()] == ["failed", "failed"]
@@ -251,7 +252,7 @@ def test_a_signal_ends_what_runs_and_says_so(tmp_path: Path, monkeypatch: pytest
         os.kill(os.getpid(), signal.SIGTERM)
         return started[0]
 
-    monkeypatch.setattr(processes, "launch", launch)
+    launched_by(monkeypatch, launch)
     with pytest.raises(Interrupted, match="Run the same command again to go on") as stopped:
         compare(grid_file(tmp_path))
     assert stopped.value.exit_code == 143

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dsfreeze.compare.forking import ForkServer
 from dsfreeze.compare.queue import Process, Result, Work
 from dsfreeze.errors import UserError
 from dsfreeze.files import write_whole
@@ -45,6 +46,8 @@ class Processes:
     def __init__(self, folder: Path, *, lock: int | None, jobs: int, keep_models: bool) -> None:
         self.folder, self.lock, self.jobs, self.keep_models = folder, lock, jobs, keep_models
         self.gpus = visible_gpus()
+        self.server = ForkServer(folder / LOGS / "server.txt")
+        self.launch = launch if self.gpus else self.server.launch
         self._on: dict[str, str] = {}  # which GPU work is on
 
     def start(self, work: Work) -> Process:
@@ -58,9 +61,13 @@ class Processes:
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("w", encoding="utf-8") as file:
-                return launch(command, file, self.lock, self._environment(work))
+                return self.launch(command, file, self.lock, self._environment(work))
         except OSError as error:
             raise UserError(f"Cannot start a run with the log {log}: {error.strerror}. {_AGAIN}") from None
+
+    def close(self) -> None:
+        """Nothing more is started."""
+        self.server.close()
 
     def write_recipe(self, work: Work) -> Path:
         path = self.beside(RECIPES, work, ".yaml")

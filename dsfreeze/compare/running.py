@@ -99,6 +99,7 @@ class Comparison:
         finally:
             for _, process, _ in self.queue.running.values():  # only where something went wrong here
                 process.terminate()
+            self.processes.close()
 
     def prime(self) -> None:
         """Say of every cell what can be said without running anything."""
