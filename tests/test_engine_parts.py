@@ -118,6 +118,17 @@ class TestRanks:
             assert ranks.world_size == 1
             assert not torch.distributed.is_initialized()
 
+    def test_a_rank_that_meets_nobody_says_where_it_waited(self, monkeypatch):
+        """At a port where nobody listens."""
+        for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+            monkeypatch.setenv(name, value)
+        recipe = Recipe.model_validate({"model": "tiny", "zero": "zero1", "train": {"ddp_timeout": 1}})
+        with (
+            pytest.raises(UserError, match=r"did not meet at 127.0.0.1:1 .*within 1 s; this is rank 1 of 2 on"),
+            process_group(recipe),
+        ):
+            pass
+
 
 def test_a_stale_lock_is_reported_by_path(tmp_path, monkeypatch):
     """Oracle: a file called lock, as a killed build leaves it."""

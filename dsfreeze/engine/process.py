@@ -66,7 +66,9 @@ def _join(ranks: Ranks, timeout: timedelta) -> bool:
     if dist.is_initialized():
         return False
     deepspeed = import_deepspeed()
-    if ranks.world_size == 1:
+    if (
+        ranks.world_size == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    ):  # torchrun serves the store itself
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
     alone = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank}
     # without LOCAL_SIZE DeepSpeed counts CPU devices by numactl, which need not be there
@@ -77,9 +79,22 @@ def _join(ranks: Ranks, timeout: timedelta) -> bool:
         torch.cuda.set_device(ranks.device)
     if ranks.rank == 0:
         warn_of_locks()
-    deepspeed.init_distributed(verbose=False, timeout=timeout)
+    try:
+        deepspeed.init_distributed(verbose=False, timeout=timeout)
+    except dist.DistError as error:
+        raise UserError(_unmet(ranks, timeout, error)) from error
     whereabouts.listen()
     return True
+
+
+def _unmet(ranks: Ranks, timeout: timedelta, error: BaseException) -> str:
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    said = " ".join(str(error).split())
+    return (
+        f"The ranks did not meet at {where} (MASTER_ADDR, MASTER_PORT) within {timeout.total_seconds():.0f} s; this is rank {ranks.rank} of "
+        f"{ranks.world_size} on {socket.gethostname()}. Start all of them, let that address be one that every machine reaches, and the port "
+        f"be free. Where ranks start more than that apart, set train.ddp_timeout. ({said:.200})"
+    )
 
 
 def _leave(in_order: bool) -> None:

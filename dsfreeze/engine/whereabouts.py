@@ -14,17 +14,20 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
 
 from dsfreeze.errors import UserError
 
+T = TypeVar("T")
 _KEY, _WAITED = "dsfreeze/whereabouts/{}", "dsfreeze/waited/{}"
 #: What gloo, NCCL and the store say when somebody does not answer.
 _LOST = re.compile(
@@ -33,6 +36,8 @@ _LOST = re.compile(
 )
 #: How long the others have to say that they waited too, and a store to answer.
 _PATIENCE, _ANSWER = 5.0, timedelta(seconds=2)
+#: Seconds after which a store does not answer at all: torch's own time-out waits for its confirmation, for ever on a dead cable.
+_SILENCE = 15.0
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,8 @@ def explained(error: BaseException) -> UserError | None:
         return None
     if dist.get_world_size() == 1:  # nobody is there to be lost
         return None
-    notes = _notes()
-    missing = [notes[rank] for rank in _silent(set(notes) - {dist.get_rank()})]
+    notes, silent = _in_time(_asked, ({}, []))
+    missing = [notes[rank] for rank in silent]
     gone = [note for note in missing if note.alive is False]
     stuck = [note for note in missing if note not in gone]
     for note in stuck:
@@ -106,7 +111,9 @@ def explained(error: BaseException) -> UserError | None:
         f"rank {n.rank} (process {n.pid} on {n.host}) does not answer; it is at {n.what}{_stack(n)}" for n in stuck
     ]
     whom = "; ".join(found) or (
-        "all others wait too, so that a connection has broken" if notes else "rank 0, which keeps the notes, has ended"
+        "all others wait too, so that a connection has broken"
+        if notes
+        else "rank 0, which keeps the notes, has ended or cannot be reached"
     )
     mine = notes.get(dist.get_rank())
     here = f" This is rank {mine.rank}, at {mine.what}." if mine else ""
@@ -118,6 +125,19 @@ def explained(error: BaseException) -> UserError | None:
 
 def _stack(note: Note) -> str:
     return ", and its stack is on its standard error" if note.alive else ""
+
+
+def _in_time(ask: Callable[[], T], otherwise: T) -> T:
+    found = [otherwise]
+    asking = threading.Thread(target=lambda: found.append(ask()), daemon=True)
+    asking.start()
+    asking.join(_SILENCE)
+    return found[-1]
+
+
+def _asked() -> tuple[dict[int, Note], list[int]]:
+    notes = _notes()
+    return notes, _silent(set(notes) - {dist.get_rank()})
 
 
 def _notes() -> dict[int, Note]:

@@ -52,6 +52,8 @@ def test_every_launcher_gives_the_same_losses(tmp_path):
         "accelerate": [PYTHON, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
                        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(_free_port()),
                        "-m", "dsfreeze", "train", str(file)],
+        "one rank of torchrun": [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port", str(_free_port()),
+                                 "-m", "dsfreeze", "train", str(file), "train.per_device_train_batch_size=4"],
         "plain": [PYTHON, "-m", "dsfreeze", "train", str(file), "train.per_device_train_batch_size=4"],
     }  # fmt: skip
     losses = {}
