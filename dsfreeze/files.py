@@ -32,6 +32,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def why_closed(path: Path) -> str | None:
+    """What keeps a file from being opened, as a sentence that names it; None where nothing does."""
+    try:
+        with path.open("rb"):
+            return None
+    except OSError as error:
+        return f"{path} cannot be opened: {error.strerror}."
+
+
 def reader_of(path: Path) -> str | None:
     """Which reader of `datasets` a file name asks for; None when it is no data file's name."""
     name = path.name.removesuffix(".gz")

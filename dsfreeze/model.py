@@ -36,6 +36,7 @@ from dsfreeze.anatomy import Anatomy, head_task
 from dsfreeze.anatomy_reader import read_anatomy
 from dsfreeze.embedded import EMBEDDED, embedded_folder, gguf_folder
 from dsfreeze.errors import UserError, did_you_mean
+from dsfreeze.files import why_closed
 from dsfreeze.parts import Reading, head_names, reading_only
 from dsfreeze.quiet import quiet_transformers
 from dsfreeze.recipe import ModelOptions
@@ -310,9 +311,11 @@ def _from_pretrained(
     except SafetensorError as error:
         raise UserError(_corrupt(source, error)) from error
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        closed = None
         if os.path.isdir(source):
+            closed = next(filter(None, map(why_closed, sorted(Path(source).glob("*.*")))), None)
             _require_safetensors(Path(source))
-        raise UserError(f"Model '{options.name}' cannot be loaded: {_first_line(error)}.") from error
+        raise UserError(f"Model '{options.name}' cannot be loaded: {closed or _first_line(error) + '.'}") from error
 
 
 def _corrupt(source: str, error: SafetensorError) -> str:

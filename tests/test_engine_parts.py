@@ -120,7 +120,14 @@ class TestRanks:
 
     def test_a_rank_that_meets_nobody_says_where_it_waited(self, monkeypatch):
         """At a port where nobody listens."""
-        second = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+        second = {
+            "RANK": "1",
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "0",
+            "LOCAL_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "1",
+        }
         for name, value in second.items():
             monkeypatch.setenv(name, value)
         recipe = Recipe.model_validate({"model": "tiny", "zero": "zero1", "train": {"ddp_timeout": 1}})

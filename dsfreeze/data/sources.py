@@ -21,7 +21,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
 import dsfreeze.data.nli as nli
 from dsfreeze.errors import UserError, did_you_mean
-from dsfreeze.files import READERS, nearest_file, no_file, reader_of
+from dsfreeze.files import READERS, nearest_file, no_file, reader_of, why_closed
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -111,6 +111,8 @@ def _file(path: Path, key: str) -> Dataset:
     if reader is None:
         endings = ", ".join(READERS)
         raise UserError(f"{key}: {path} is no data file that we read. Valid endings: {endings}, each also with .gz.")
+    if closed := why_closed(path):
+        raise UserError(f"{key}: {closed}")
     options = {"sep": "\t"} if path.name.removesuffix(".gz").endswith(".tsv") else {}
     try:
         return datasets.load_dataset(reader, data_files={"train": str(path)}, split="train", **options)

@@ -54,6 +54,12 @@ def _full(*_: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
+def _jump(seconds: float) -> None:
+    """The wall clock is set, as by a daemon that has found the time; what counts monotonically does not notice."""
+    real = time.time
+    time.time = lambda: real() + seconds
+
+
 def install(fault: str, step: int) -> None:
     from dsfreeze import checkpoint, loop
     from dsfreeze.engine.zero import ZeroEngine
@@ -83,6 +89,10 @@ def install(fault: str, step: int) -> None:
             before(ZeroEngine, "_refreeze", die, in_step)
         case "die in cache fill":
             before(DiskStore, "add", die)
+        case "clock back":
+            before(ZeroEngine, "forward_backward", lambda: _jump(-86400.0), in_step)
+        case "clock forward":
+            before(ZeroEngine, "forward_backward", lambda: _jump(86400.0), in_step)
         case "full in save":
             before(checkpoint, "save_file", _full, lambda *_: in_step(None))
         case "full in record":
