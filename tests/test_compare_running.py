@@ -17,6 +17,7 @@ from compare_kit import QUIET, TIMES, TRAIN, compare, grid_file, launched_by, pr
 
 from dsfreeze.cli.known import anatomy_of
 from dsfreeze.compare import processes, running
+from dsfreeze.compare.pricing import Prices
 from dsfreeze.compare.reading import read_grid
 from dsfreeze.compare.results import RESULTS, read_results
 from dsfreeze.compare.statistics import summarise
@@ -340,3 +341,12 @@ def test_prefix_caches_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         read_record(tmp_path / "out" / cell["run"]).summary["prefix_cache"] for cell in state["cells"].values()
     )
     assert first["hits"] < second["hits"] == second["examples"] == 45
+
+
+def test_an_analysis_waits_for_no_empty_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is priced, as full tuning would be, so that with several jobs it runs beside others."""
+    run_here(monkeypatch)
+    asked: list[str] = []
+    monkeypatch.setattr(Prices, "peak", lambda self, recipe: asked.append(recipe.freeze.strategy) or 2**20)
+    compare(grid_file(tmp_path, methods=["bottom50", "spectrum"], analyze={"num_examples": 16}), "jobs=2")
+    assert set(asked) == {"bottom", "full", "ranked"}

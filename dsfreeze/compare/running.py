@@ -223,7 +223,8 @@ class Comparison:
         return self.results.get(work.key)
 
     def bytes_of(self, work: Work) -> int | None:
-        return None if work.verb == "analyze" else self._bytes(work.recipe)
+        """Of an analysis those of full tuning, which its recipe plans: it holds no optimizer state, and less of gradients."""
+        return self._bytes(work.recipe)
 
     def _bytes(self, recipe: Recipe) -> int | None:
         try:
