@@ -23,7 +23,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedConfig, masking_utils
+from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 
 from dsfreeze.activations import ATTENTIONS, INPUT, OUTPUT, Activations, Ends, Part, Profile, Size, Stored
@@ -41,7 +41,7 @@ ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn
 
 #: A stored tensor within a part: made there ("own", order), its input, or made before ("shared", order).
 Label = tuple[str, int]
-Build = Callable[[PreTrainedConfig], nn.Module]
+Build = Callable[[PreTrainedConfig], PreTrainedModel]
 
 
 def read_activations(
@@ -323,7 +323,8 @@ class _Watch:
         self.outside = {_key(t) for t in (*model.parameters(), *model.buffers())}
         self.reached: set[int] = set()
         for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(self._reaches)
+            hooked: Any = parameter
+            hooked.register_post_accumulate_grad_hook(self._reaches)
         self.last = len(anatomy.blocks) + 1
         for index, layer in enumerate(anatomy.blocks, start=1):
             block = model.get_submodule(layer.path)
@@ -395,7 +396,8 @@ class _Watch:
             self._note()
 
         if self.with_backward and hidden.requires_grad:
-            hidden.register_hook(hook)
+            hooked: Any = hidden
+            hooked.register_hook(hook)
 
     def _multiplies(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -429,11 +431,11 @@ class _Watch:
         moments.setdefault(self.part, []).append(self.ledger.live - self.bases[self.part])
 
 
-class _Ledger(TorchDispatchMode):
+class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
     """Numbers every storage that comes to be, in order, and adds up those alive; `note` is called after each operation."""
 
     def __init__(self, outside: set[int], note: Callable[[], None], born: Callable[[str, int], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.outside, self.note, self.born = outside, note, born
         self.operation = ""
         self.numbers: dict[int, int] = {}
@@ -466,4 +468,5 @@ class _Ledger(TorchDispatchMode):
 
 
 def _key(value: torch.Tensor) -> int:
-    return value.untyped_storage()._cdata
+    key: int = value.untyped_storage()._cdata
+    return key

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -76,7 +76,7 @@ def _load(file: Path, fields: dict[str, Any]) -> tuple[PreTrainedModel, PreTrain
     # what is written is no longer quantised; transformers refuses to write a model that it believes to be
     del module.config.quantization_config, module.hf_quantizer
     ids = {f"{role}_token_id": getattr(module.config, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    module.generation_config = GenerationConfig(**ids)
+    module.generation_config = cast(Any, GenerationConfig)(**ids)
     if fields.get("tokenizer.ggml.pre") == "smollm":
         return module, _smollm_tokenizer(fields)
     return module, AutoTokenizer.from_pretrained(where, **options)
@@ -128,7 +128,7 @@ def _smollm_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
         index = fields.get(f"tokenizer.ggml.{role}_token_id")
         return None if index is None else tokens[index]
 
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer: PreTrainedTokenizerFast = cast(Any, PreTrainedTokenizerFast)(
         tokenizer_object=bpe,
         bos_token=token("bos"),
         eos_token=token("eos"),
@@ -148,9 +148,10 @@ def _verify(
 ) -> None:
     """UserError unless the greedy continuation of `prompt` contains `expected`."""
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    generate: Any = module.generate
     with quiet_transformers(), torch.no_grad():
-        tokens = module.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    answer = tokenizer.decode(tokens)
+        tokens = generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    answer = cast(str, tokenizer.decode(tokens))
     if expected not in answer:
         raise UserError(
             f"{file} was converted, but to '{prompt}' it answers '{answer.strip()}', without '{expected}': the file is "

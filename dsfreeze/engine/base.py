@@ -210,7 +210,8 @@ class BaseEngine(ABC):
             self._modes.evaluate()
         else:
             self._modes.train()
-        hooks = [self._named[name].register_hook(self._square) for name in self._trainable if squared]
+        hooked: list[Any] = [self._named[name] for name in self._trainable if squared]
+        hooks = [parameter.register_hook(self._square) for parameter in hooked]
         try:
             loss = sum(self._pass(batch, weight, objective or self.objective) for batch, weight in micro_batches)
         finally:
@@ -299,7 +300,7 @@ class BaseEngine(ABC):
             batch = self._move(batch)
             loss = self.objective.loss(self.module(**self.objective.inputs(batch), **self._forward_options), batch)
             assert loss is not None, "the batch has labels"
-            loss.backward()
+            torch.autograd.backward(loss)
         return float(loss.detach())
 
     def read_weight(self, name: str) -> torch.Tensor:
@@ -312,7 +313,10 @@ class BaseEngine(ABC):
     def generate(self, batch: Mapping[str, torch.Tensor], **options: Any) -> torch.Tensor:
         self.module.eval()
         defaults = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-        return self.module.generate(**self._move(batch), **{**defaults, **self._generate_options(), **options})
+        model: Any = self.module
+        options = {**defaults, **self._generate_options(), **options}
+        generated: torch.Tensor = model.generate(**self._move(batch), **options)
+        return generated
 
     def _generate_options(self) -> dict[str, Any]:
         return {}
@@ -466,7 +470,7 @@ class BaseEngine(ABC):
         """Every live tensor that holds (part of) a parameter in the model's dtype."""
         return (parameter.data,)
 
-    def _gradient_buffers(self) -> Iterable[torch.Tensor]:
+    def _gradient_buffers(self) -> Iterable[torch.Tensor | None]:
         """Gradients held elsewhere than in `.grad`."""
         return ()
 
@@ -519,6 +523,9 @@ class BaseEngine(ABC):
     @abstractmethod
     def _park(self, state: Mapping[str, TensorState]) -> None:
         """Keep the loaded state of tensors that do not train now."""
+
+    @abstractmethod
+    def sum(self, values: list[float]) -> list[float]: ...
 
     @abstractmethod
     def gather(self, value: Any) -> list[Any]: ...
