@@ -323,8 +323,7 @@ class _Watch:
         self.outside = {_key(t) for t in (*model.parameters(), *model.buffers())}
         self.reached: set[int] = set()
         for parameter in model.parameters():
-            hooked: Any = parameter
-            hooked.register_post_accumulate_grad_hook(self._reaches)
+            parameter.register_post_accumulate_grad_hook(self._reaches)
         self.last = len(anatomy.blocks) + 1
         for index, layer in enumerate(anatomy.blocks, start=1):
             block = model.get_submodule(layer.path)
@@ -396,8 +395,7 @@ class _Watch:
             self._note()
 
         if self.with_backward and hidden.requires_grad:
-            hooked: Any = hidden
-            hooked.register_hook(hook)
+            hidden.register_hook(hook)
 
     def _multiplies(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -431,7 +429,7 @@ class _Watch:
         moments.setdefault(self.part, []).append(self.ledger.live - self.bases[self.part])
 
 
-class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
+class _Ledger(TorchDispatchMode):
     """Numbers every storage that comes to be, in order, and adds up those alive; `note` is called after each operation."""
 
     def __init__(self, outside: set[int], note: Callable[[], None], born: Callable[[str, int], None]) -> None:

@@ -76,7 +76,7 @@ def _load(file: Path, fields: dict[str, Any]) -> tuple[PreTrainedModel, PreTrain
     # what is written is no longer quantised; transformers refuses to write a model that it believes to be
     del module.config.quantization_config, module.hf_quantizer
     ids = {f"{role}_token_id": getattr(module.config, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    module.generation_config = cast(Any, GenerationConfig)(**ids)
+    module.generation_config = GenerationConfig(**ids)
     if fields.get("tokenizer.ggml.pre") == "smollm":
         return module, _smollm_tokenizer(fields)
     return module, AutoTokenizer.from_pretrained(where, **options)
@@ -128,7 +128,7 @@ def _smollm_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
         index = fields.get(f"tokenizer.ggml.{role}_token_id")
         return None if index is None else tokens[index]
 
-    tokenizer: PreTrainedTokenizerFast = cast(Any, PreTrainedTokenizerFast)(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=token("bos"),
         eos_token=token("eos"),

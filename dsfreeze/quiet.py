@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from transformers.utils import logging as transformers_logging
-
-logging: Any = transformers_logging  # some of its functions have no types
+from transformers.utils import logging
 
 
 @contextmanager

@@ -210,8 +210,7 @@ class BaseEngine(ABC):
             self._modes.evaluate()
         else:
             self._modes.train()
-        hooked: list[Any] = [self._named[name] for name in self._trainable if squared]
-        hooks = [parameter.register_hook(self._square) for parameter in hooked]
+        hooks = [self._named[name].register_hook(self._square) for name in self._trainable if squared]
         try:
             loss = sum(self._pass(batch, weight, objective or self.objective) for batch, weight in micro_batches)
         finally:
@@ -300,7 +299,7 @@ class BaseEngine(ABC):
             batch = self._move(batch)
             loss = self.objective.loss(self.module(**self.objective.inputs(batch), **self._forward_options), batch)
             assert loss is not None, "the batch has labels"
-            torch.autograd.backward(loss)
+            loss.backward()
         return float(loss.detach())
 
     def read_weight(self, name: str) -> torch.Tensor:

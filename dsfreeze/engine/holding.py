@@ -45,8 +45,7 @@ class Holding:
         self.close()
         for name, bits in self.masks.items():
             if name in parameters:
-                hooked: Any = parameters[name]
-                self._handles.append(hooked.register_hook(partial(_zero, bits)))
+                self._handles.append(parameters[name].register_hook(partial(_zero, bits)))
         self._flats = {id(flat.tensor): flat for flat in flats if not self.masks.keys().isdisjoint(flat.names)}
         if self._flats:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))

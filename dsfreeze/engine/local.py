@@ -76,7 +76,7 @@ class LocalEngine(BaseEngine):
         return self.module(**batch)
 
     def _backward(self, loss: torch.Tensor) -> None:
-        torch.autograd.backward(loss)
+        loss.backward()
 
     def _update(self) -> float:
         for name, stepped in self._stepped.items():
