@@ -23,7 +23,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedConfig, masking_utils
+from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 
 from dsfreeze.activations import ATTENTIONS, INPUT, OUTPUT, Activations, Ends, Part, Profile, Size, Stored
@@ -41,7 +41,7 @@ ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn
 
 #: A stored tensor within a part: made there ("own", order), its input, or made before ("shared", order).
 Label = tuple[str, int]
-Build = Callable[[PreTrainedConfig], nn.Module]
+Build = Callable[[PreTrainedConfig], PreTrainedModel]
 
 
 def read_activations(
@@ -433,7 +433,7 @@ class _Ledger(TorchDispatchMode):
     """Numbers every storage that comes to be, in order, and adds up those alive; `note` is called after each operation."""
 
     def __init__(self, outside: set[int], note: Callable[[], None], born: Callable[[str, int], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.outside, self.note, self.born = outside, note, born
         self.operation = ""
         self.numbers: dict[int, int] = {}
@@ -466,4 +466,5 @@ class _Ledger(TorchDispatchMode):
 
 
 def _key(value: torch.Tensor) -> int:
-    return value.untyped_storage()._cdata
+    key: int = value.untyped_storage()._cdata
+    return key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -20,9 +21,10 @@ def add_adapters(module: nn.Module, adapter: Adapter, seed: int) -> None:
     dtype and device. Freezes everything else, which entering a phase does anyway.
     """
     targets = [name.rpartition(".")[0] for name in adapter.targets]
+    alpha: Any = adapter.alpha  # peft declares an int, and only divides it
     config = LoraConfig(
         r=adapter.r,
-        lora_alpha=adapter.alpha,
+        lora_alpha=alpha,
         lora_dropout=adapter.dropout,
         use_dora=adapter.kind == "dora",
         # a regular expression matches whole paths; a list of names would match their ends too
@@ -33,8 +35,9 @@ def add_adapters(module: nn.Module, adapter: Adapter, seed: int) -> None:
         torch.manual_seed(seed)
         inject_adapter_in_model(config, module)
     for target in targets:
-        matrix = module.get_submodule(target).get_base_layer().weight
-        for name, parameter in module.get_submodule(target).named_parameters():
+        layer: Any = module.get_submodule(target)
+        matrix = layer.get_base_layer().weight
+        for name, parameter in layer.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(matrix.dtype)
 

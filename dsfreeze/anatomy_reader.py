@@ -92,7 +92,7 @@ class _Reader:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         self.config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.has_more_than_text = bool(getattr(config, "sub_configs", None)) and self.config is not config
         self.notes: list[str] = []
@@ -322,7 +322,7 @@ _ATTENTION, _MLP = _inverted(ATTENTION_NAMES), _inverted(MLP_NAMES)
 def _attention_width(config: Any) -> int:
     """Query heads x head size, 0 when the config does not say; the mean of keys' and values' where they differ."""
     heads = getattr(config, "num_attention_heads", None) or 0
-    latent = [getattr(config, f"{part}_head_dim", None) for part in ("qk_nope", "qk_rope", "v")]
+    latent: list[Any] = [getattr(config, f"{part}_head_dim", None) for part in ("qk_nope", "qk_rope", "v")]
     if all(latent):
         return int(heads * sum(latent)) // 2
     size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)

@@ -70,7 +70,8 @@ class Checkpoint:
 
     @property
     def trainer_state(self) -> dict[str, Any]:
-        return json.loads((self.folder / TRAINER).read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads((self.folder / TRAINER).read_text(encoding="utf-8"))
+        return state
 
     def state(self) -> dict[str, TensorState]:
         """State by tensor name, as `Engine.load_state` takes it; CPU tensors."""

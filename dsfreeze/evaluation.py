@@ -130,7 +130,7 @@ def _judge_texts(engine: Engine, task_data: TaskData, batch: Batch) -> list[Judg
     greedy = "greedy_match" in task_data.metrics
     asked = labels.masked_fill(_ended(before, task_data.tokenizer.eos_token_id), IGNORED) if greedy else labels
     return [
-        _judge_text(*(each.to(row.device) for each in (label, answer)), row, greedy=greedy)
+        _judge_text(label.to(row.device), answer.to(row.device), row, greedy=greedy)
         for row, label, answer in zip(logits, labels, asked, strict=True)
     ]
 

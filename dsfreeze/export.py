@@ -81,7 +81,8 @@ def export_delta(
     `weights` must hold every tensor that the plan trains; `module` (adapters in place) is asked for its config alone.
     """
     trained = {name: weights[name].detach().cpu().contiguous() for name in sorted(plan.ever_trained)}
-    config, labelled = module.config, recipe.task in ("classification", "tokens")
+    config: Any = module.config
+    labelled = recipe.task in ("classification", "tokens")
     manifest = {
         "format_version": DELTA_FORMAT,
         "base": {**vars(base), "name": public_name(base.name)},

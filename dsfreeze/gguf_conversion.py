@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -148,9 +148,10 @@ def _verify(
 ) -> None:
     """UserError unless the greedy continuation of `prompt` contains `expected`."""
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    generate: Any = module.generate
     with quiet_transformers(), torch.no_grad():
-        tokens = module.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    answer = tokenizer.decode(tokens)
+        tokens = generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    answer = cast(str, tokenizer.decode(tokens))
     if expected not in answer:
         raise UserError(
             f"{file} was converted, but to '{prompt}' it answers '{answer.strip()}', without '{expected}': the file is "

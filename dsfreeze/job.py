@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.checkpoint import Base
@@ -36,7 +36,7 @@ class Job:
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
     data: TaskData
-    module: nn.Module
+    module: PreTrainedModel
     anatomy: Anatomy
     plan: FreezePlan
     base: Base
@@ -54,11 +54,11 @@ class Job:
         """The anatomy of what the module holds: an engine's, and what can be exported from it."""
         return without(self.anatomy, self.eviction.names) if self.eviction else self.anatomy
 
-    def read_part(self, kept: Collection[str]) -> nn.Module:
+    def read_part(self, kept: Collection[str]) -> PreTrainedModel:
         """The model with the named tensors alone, read from its files; no adapters."""
         return task_module(self.recipe, self.data, self.recipe.model, kept=kept)
 
-    def whole_module(self) -> nn.Module:
+    def whole_module(self) -> PreTrainedModel:
         """The module with its prefix, adapters in place. Where that is evicted the whole model is read again, into host memory."""
         if self.eviction is None:
             return self.module
@@ -69,7 +69,7 @@ class Job:
         return module
 
 
-def load_task(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, TaskData, nn.Module]:
+def load_task(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, TaskData, PreTrainedModel]:
     """Tokenizer, tokenised examples and the model with the head the task needs (fresh heads seeded by train.seed)."""
     tokenizer = load_tokenizer(recipe.model)
     data = prepare(recipe, tokenizer)
@@ -78,7 +78,7 @@ def load_task(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, TaskData, nn.Mod
 
 def task_module(
     recipe: Recipe, data: TaskData, model: ModelOptions, *, kept: Collection[str] | None = None
-) -> nn.Module:
+) -> PreTrainedModel:
     """A model with the head that the recipe's task needs; `kept` names what of it is read, None is everything."""
     return load_model(
         model,
@@ -124,7 +124,7 @@ def prepare_evicted(recipe: Recipe, num_steps: int | None = None, asked: Asked =
     plan = _plan(recipe, data, plain, num_steps)
     eviction = evict(outline, plain, plan, asked)
 
-    def read(kept: Collection[str]) -> nn.Module:
+    def read(kept: Collection[str]) -> PreTrainedModel:
         return task_module(recipe, data, recipe.model, kept=kept)
 
     module = read({t.name for t in plain.tensors} - eviction.names)

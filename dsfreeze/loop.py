@@ -186,7 +186,8 @@ class Run:
             term.before_passes(engine, self.step)
         loss = 0.0
         for (batch, items), chosen, staged in zip(step.micro_batches, step.chosen, ready.staged, strict=True):
-            self.fullest = max(self.fullest, tuple(batch["input_ids"].shape), key=math.prod)
+            sequences, positions = batch["input_ids"].shape
+            self.fullest = max(self.fullest, (sequences, positions), key=math.prod)
             with self.prefix.around(engine, self.prefix.train, chosen, batch, staged, counts=items > 0):
                 loss += self.nonfinite.see(engine.forward_backward(batch, items / step.global_items), chosen)
         for term in self.terms:
@@ -280,7 +281,8 @@ class Run:
         together(lambda: self.journal.summary(summary))
         if self.leader:
             self.stopping.drop()
-        return engine.gather(summary)[0]
+        told: dict[str, Any] = engine.gather(summary)[0]
+        return told
 
     def _predicted(self, engine: Engine, memory: Memory) -> dict[str, Any] | None:
         """What the planner says of this run, and a word where the peak was another; None where no step was left to run."""

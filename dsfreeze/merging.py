@@ -249,7 +249,7 @@ def _rewrite(source: Path, target: Path, make: Callable[[str], torch.Tensor]) ->
 
 
 def _append(file: IO[bytes], tensor: torch.Tensor, offsets: Sequence[int]) -> None:
-    content = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
     assert len(content) == offsets[1] - offsets[0], "the rules keep shape and dtype"
     file.write(content)
 

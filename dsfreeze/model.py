@@ -27,6 +27,7 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -47,7 +48,8 @@ __all__ = [
     "read_anatomy",
 ]  # fmt: skip
 
-AUTO_CLASSES = {
+#: transformers' auto classes; their methods have no types.
+AUTO_CLASSES: dict[str, Any] = {
     "classification": AutoModelForSequenceClassification,
     "tokens": AutoModelForTokenClassification,
     "causal_lm": AutoModelForCausalLM,
@@ -78,7 +80,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     seed: int = 42,
     kept: Collection[str] | None = None,
-) -> nn.Module:
+) -> PreTrainedModel:
     """The module for `task`, weights in `dtype` on the CPU; a head the weights lack is drawn from `seed`.
 
     `num_labels` counts classes (1: regression) for classification and tokens, and is not looked at otherwise. Warns
@@ -127,11 +129,12 @@ def anatomy_of(options: ModelOptions, task: str, num_labels: int | None) -> Anat
 
 def outline_of(
     options: ModelOptions, task: str, num_labels: int | None, *, labels: Sequence[str] | None = None
-) -> nn.Module:
+) -> PreTrainedModel:
     """The module that `load_model` gives, on the meta device: classes, names and shapes without memory."""
     config = _task_config(options, task, num_labels, labels)
     with torch.device("meta"), quiet_transformers():
-        return AUTO_CLASSES[task].from_config(config, trust_remote_code=options.trust_remote_code)
+        module: PreTrainedModel = AUTO_CLASSES[task].from_config(config, trust_remote_code=options.trust_remote_code)
+    return module
 
 
 def activations_of(options: ModelOptions, task: str, *, attention: str | None, dtype_bytes: int) -> Activations:
@@ -145,11 +148,12 @@ def activations_of_config(config: PreTrainedConfig, tasks: Iterable[str] = (), *
     """The same of a config, for some tasks or for every one it can do; `ways` are `read_activations`' own."""
     from dsfreeze.activation_reader import read_activations
 
-    def build(auto: Any, task: str) -> Callable[[PreTrainedConfig], nn.Module]:
-        def built(config: PreTrainedConfig) -> nn.Module:
+    def build(auto: Any, task: str) -> Callable[[PreTrainedConfig], PreTrainedModel]:
+        def built(config: PreTrainedConfig) -> PreTrainedModel:
             config.num_labels, config.pad_token_id = 2, getattr(config, "pad_token_id", None) or 0
             config.problem_type = "single_label_classification" if task == "classification" else None
-            return auto.from_config(config)
+            module: PreTrainedModel = auto.from_config(config)
+            return module
 
         return built
 
@@ -181,7 +185,7 @@ def hash_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     for name, tensor in named:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         flat = tensor.detach().to("cpu").contiguous().flatten()
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -220,7 +224,8 @@ def _read_config(options: ModelOptions) -> PreTrainedConfig:
         warnings.warn(f"Code from '{options.name}' runs here (model.trust_remote_code is on).", stacklevel=3)
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(source, trust_remote_code=options.trust_remote_code)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=options.trust_remote_code)
+            return config
     except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         if os.path.isdir(source):
             raise UserError(f"{Path(source) / 'config.json'} cannot be used: {_first_line(error)}.") from error
@@ -262,7 +267,8 @@ def _require_task(options: ModelOptions, config: PreTrainedConfig, task: str) ->
 def able_tasks(config: PreTrainedConfig) -> list[str]:
     """The tasks that transformers has a class for, without an encoder's causal one."""
     able = [name for name, auto in AUTO_CLASSES.items() if type(config) in auto._model_mapping]
-    is_encoder = type(config) in AutoModelForMaskedLM._model_mapping and not config.is_encoder_decoder
+    masked: Any = AutoModelForMaskedLM
+    is_encoder = type(config) in masked._model_mapping and not config.is_encoder_decoder
     if is_encoder and not getattr(config, "is_decoder", False):
         # BERT and its like have a causal head too, but would look at the tokens they are to predict
         able = [name for name in able if AUTO_CLASSES[name] is not AutoModelForCausalLM]
@@ -285,7 +291,8 @@ def _pad_token_id(options: ModelOptions, config: PreTrainedConfig) -> int:
     except UserError:
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         candidates = (config.pad_token_id, *ends, 0)
-        return next(i for i in candidates if i is not None and i >= 0)
+        found: int = next(i for i in candidates if i is not None and i >= 0)
+        return found
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -293,12 +300,12 @@ def _pad_token_id(options: ModelOptions, config: PreTrainedConfig) -> int:
 
 def _from_pretrained(
     options: ModelOptions, task: str, config: PreTrainedConfig, dtype: torch.dtype
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     source = locate(options.name)
     extra = {} if options.attn_implementation is None else {"attn_implementation": options.attn_implementation}
     try:
         with quiet_transformers():
-            return AUTO_CLASSES[task].from_pretrained(
+            loaded: tuple[PreTrainedModel, dict[str, Any]] = AUTO_CLASSES[task].from_pretrained(
                 source,
                 config=config,
                 dtype=dtype,
@@ -308,6 +315,7 @@ def _from_pretrained(
                 output_loading_info=True,
                 **extra,
             )
+            return loaded
     except SafetensorError as error:
         raise UserError(_corrupt(source, error)) from error
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
@@ -348,7 +356,8 @@ def _report_keys(options: ModelOptions, module: nn.Module, info: dict[str, Any],
             f"The weights of '{options.name}' do not fit its config.json: {_some(wrong)} have another shape."
         )
     missing = sorted(set(info["missing_keys"]) - head)
-    module.has_fresh_head = bool(head & {*info["missing_keys"], *mismatched})
+    marked: Any = module
+    marked.has_fresh_head = bool(head & {*info["missing_keys"], *mismatched})
     if missing and reading.kept is not None:
         raise UserError(
             f"'{options.name}' lacks weights ({_some(missing)}), and a model that is read in parts must have them all, its "

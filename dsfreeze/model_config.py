@@ -145,7 +145,7 @@ def _parts(
         part = raw.get(key)
         if not isinstance(part, dict):
             continue
-        kind = part.get("model_type")
+        kind: Any = part.get("model_type")
         if kind in CONFIG_MAPPING:
             sub = CONFIG_MAPPING[kind]
         if "__dataclass_fields__" in vars(sub):  # AutoConfig says nothing about its fields

@@ -36,7 +36,8 @@ def reading_only(kept: Collection[str] | None) -> Iterator[Reading]:
     if kept is None:
         yield reading
         return
-    read = PreTrainedModel._load_pretrained_model
+    base: Any = PreTrainedModel
+    read = base._load_pretrained_model
 
     def read_part(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         with warnings.catch_warnings():
@@ -45,12 +46,12 @@ def reading_only(kept: Collection[str] | None) -> Iterator[Reading]:
         empty(model, kept, head_names(reading.anatomy))
         return read(model, *args, **kwargs)
 
-    PreTrainedModel._load_pretrained_model = staticmethod(read_part)
+    base._load_pretrained_model = staticmethod(read_part)
     try:
         yield reading
         assert reading.anatomy is not None, "this version of transformers reads models another way"
     finally:
-        PreTrainedModel._load_pretrained_model = staticmethod(read)
+        base._load_pretrained_model = staticmethod(read)
 
 
 def head_names(anatomy: Anatomy) -> set[str]:
@@ -71,7 +72,7 @@ def empty(model: PreTrainedModel, kept: Collection[str], head: Collection[str]) 
     tied = {name for tie in ties.items() if not set(tie).isdisjoint(kept) for name in tie}
     stay = {id(named[name]) for name in {*kept, *tied} if name in named}
     fresh = {id(named[name]) for name in head} & stay
-    lost = [m for m in model.modules() if any(id(p) not in stay for p in m.parameters())]
+    lost: list[Any] = [m for m in model.modules() if any(id(p) not in stay for p in m.parameters())]
     for module in lost:
         for leaf, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in stay:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from dsfreeze.activations import ATTENTIONS, Activations, TaskActivations
 from dsfreeze.anatomy import head_task
@@ -92,7 +92,7 @@ def stored_of(job: Job, dtype_bytes: int) -> TaskActivations:
     return found.of(job.recipe.task, attention, dtype_bytes)
 
 
-def _read_once(module: nn.Module, task: str, attention: str | None, dtype_bytes: int) -> Activations:
+def _read_once(module: PreTrainedModel, task: str, attention: str | None, dtype_bytes: int) -> Activations:
     from dsfreeze.activation_reader import read_activations
 
     config, kind = module.config, type(module)

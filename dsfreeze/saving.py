@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dsfreeze import checkpoint as checkpoints
 from dsfreeze.background import Background
@@ -22,7 +22,7 @@ from dsfreeze.recipe_freeze import CACHE_KEYS
 from dsfreeze.record import MODEL, SUMMARY, holds_record, require_free
 
 #: `train.resume_from_checkpoint` of a job that may be started more than once.
-AUTO = "auto"
+AUTO: Literal["auto"] = "auto"
 
 
 def find_start(job: Job, total_steps: int, global_batch_size: int, lock: FolderLock) -> Checkpoint | None:

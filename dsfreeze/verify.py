@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +19,7 @@ from dsfreeze.errors import UserError
 from dsfreeze.export import MANIFEST as DELTA
 from dsfreeze.export import PLAN, SUMS, sums_of
 from dsfreeze.plan import FreezePlan
-from dsfreeze.record import MODEL, SUMMARY, find_records, holds_record, read_object, read_record
-from dsfreeze.reference import REFERENCE
+from dsfreeze.record import MODEL, REFERENCE, SUMMARY, find_records, holds_record, read_object, read_record
 from dsfreeze.stopping import BEST
 
 Verdict = Literal["whole", "damaged", "left over", "unfinished"]
@@ -67,7 +67,7 @@ def _run(run: Path, above: Path) -> Iterator[Finding]:
     yield _tried(name(run), lambda: _record(run))
     for found in numbered(run):
         if (found / MANIFEST).is_file():
-            yield _tried(name(found), lambda found=found: _checkpoint(found))  # type: ignore[misc]
+            yield _tried(name(found), partial(_checkpoint, found))
         else:
             yield Finding(
                 name(found), "damaged", f"no {MANIFEST}: no checkpoint of ours, or half of one; it is passed over"
@@ -76,7 +76,7 @@ def _run(run: Path, above: Path) -> Iterator[Finding]:
         yield _tried(name(run / MODEL), lambda: _model(run / MODEL))
     for file in (REFERENCE, BEST):
         if (run / file).is_file():
-            yield _tried(name(run / file), lambda file=file: _tensors(run / file))  # type: ignore[misc]
+            yield _tried(name(run / file), partial(_tensors, run / file))
     for found in sorted(run.iterdir()):
         if found.name.startswith(".") and found.suffix in (".tmp", ".old"):
             yield Finding(name(found), "left over", "of a save that was killed; it may be removed")
@@ -140,7 +140,8 @@ def _model(folder: Path) -> tuple[Verdict, str]:
     tensors = sum(map(len, held.values()))
     if not (folder / SUMS).is_file():
         return "whole", f"{tensors} tensors; without {SUMS}, so that a flipped bit would not be seen"
-    written = dict(reversed(line.split("  ", 1)) for line in _text(folder / SUMS).splitlines() if "  " in line)
+    lines = (line.split("  ", 1) for line in _text(folder / SUMS).splitlines() if "  " in line)
+    written = {name: digest for digest, name in lines}
     for line in sums_of(folder).splitlines():
         digest, name = line.split("  ", 1)
         if written.pop(name, None) != digest:

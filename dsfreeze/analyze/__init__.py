@@ -67,7 +67,8 @@ def analyze(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
         if earlier:
             content["drift"] = drift_between(content, earlier)
         together(lambda: _write(content, recipe, anatomy, ranks.world_size) if leader else None)
-        return engine.gather(content)[0]
+        shared: dict[str, Any] = engine.gather(content)[0]
+        return shared
 
 
 # -- what is asked for ---------------------------------------------------------------------------------------------
@@ -144,7 +145,8 @@ def _load_checkpoint(module: nn.Module, anatomy: Anatomy, folder: Path | None) -
         with torch.no_grad():
             named[name].copy_(entry["weight"])
     if any(anatomy.layer_of[name].name == "head" for name in state):
-        module.has_fresh_head = False
+        marked: Any = module
+        marked.has_fresh_head = False
 
 
 # -- running -------------------------------------------------------------------------------------------------------
@@ -153,7 +155,9 @@ def _load_checkpoint(module: nn.Module, anatomy: Anatomy, folder: Path | None) -
 def _run(bench: Bench, names: Iterable[str], console: Console) -> tuple[Observations, dict[str, Any], dict[str, str]]:
     """Every pass that the scores rest on, with its cost. One that the model or the task does not allow is left out, with the
     reason, unless its scores, or the reference that it compares with, were asked for by name."""
-    seen, costs, left_out = Observations(bench.anatomy), {}, {}
+    seen = Observations(bench.anatomy)
+    costs: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
     wanted = {SCORES[name].source for name in names} | ({"states"} if bench.options.reference else set())
     for source in (source for source in PASSES if source in wanted):
         if any(COVERS.get(made) == source for made in costs):

@@ -40,7 +40,8 @@ def ablation_losses(bench: Bench) -> np.ndarray:
                 given[k] = with_state(outputs[k], inputs[k])
             with replaced(engine.module, bench.anatomy, given), _fresh(engine.module, [] if skips else [block]):
                 columns.append(np.asarray(losses_of(engine, bench.data, batch)) - whole)
-        return np.stack(columns, axis=1).tolist()
+        losses: list[list[float]] = np.stack(columns, axis=1).tolist()
+        return losses
 
     return np.asarray(bench.over_examples(bench.options.batch_size, run))
 

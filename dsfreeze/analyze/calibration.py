@@ -8,6 +8,7 @@ import json
 import numpy as np
 
 from dsfreeze.data import Examples, TaskData
+from dsfreeze.data.examples import Example
 from dsfreeze.errors import UserError
 
 
@@ -29,6 +30,6 @@ def calibration_sample(data: TaskData, number: int, seed: int) -> Examples:
     return Examples(rows, examples.num_items[chosen], examples.num_tokens[chosen])
 
 
-def _key(example: object, seed: int) -> bytes:
-    plain = json.dumps([seed, sorted((key, list(np.ravel(value))) for key, value in example.items())], default=float)  # type: ignore[attr-defined]
+def _key(example: Example, seed: int) -> bytes:
+    plain = json.dumps([seed, sorted((key, list(np.ravel(value))) for key, value in example.items())], default=float)
     return hashlib.sha256(plain.encode()).digest()

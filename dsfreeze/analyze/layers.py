@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -71,7 +71,7 @@ def replaced(module: nn.Module, anatomy: Anatomy, outputs: Sequence[Any]) -> Ite
     before = [vars(block).get("forward") for block, _ in blocks]
     try:
         for block, output in blocks:
-            block.forward = lambda *_, output=output, **__: output  # type: ignore[method-assign]
+            block.forward = lambda *_, output=output, **__: output
         yield
     finally:
         for (block, _), forward in zip(blocks, before, strict=True):
@@ -89,7 +89,7 @@ def head_inputs(head: nn.Linear) -> Iterator[list[torch.Tensor]]:
         found.append(states)
         return states.new_zeros(1).expand(*states.shape[:-1], head.out_features)
 
-    head.forward = forward  # type: ignore[method-assign]
+    cast(nn.Module, head).forward = forward
     try:
         yield found
     finally:
@@ -98,7 +98,7 @@ def head_inputs(head: nn.Linear) -> Iterator[list[torch.Tensor]]:
 
 def output_head(module: nn.Module, anatomy: Anatomy) -> tuple[str, nn.Linear]:
     """(name of its matrix, module) of the linear map from states to labels or words; UserError when there is none."""
-    embeddings = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    embeddings = getattr(module, "get_output_embeddings", lambda: None)()
     own = [t for layer in anatomy.layers if layer.name == "head" for t in layer.tensors if len(t.shape) == 2]
     head = embeddings if embeddings is not None else module.get_submodule(own[-1].module) if own else None
     if not isinstance(head, nn.Linear):

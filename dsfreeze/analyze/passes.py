@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -79,7 +79,7 @@ def spectra(bench: Bench, so_far: Observations) -> Observations:
         if number % engine.world_size == engine.rank:
             mine[tensor.name] = spectrum_of(weight)
     found = {name: numbers for share in engine.gather(mine) for name, numbers in share.items()}
-    kinds = next(iter(found.values()), {})
+    kinds: Iterable[str] = next(iter(found.values()), {})
     return replace(so_far, spectra={kind: {t.name: found[t.name][kind] for t in tensors} for kind in kinds})
 
 

@@ -77,7 +77,7 @@ def _bases(
     if head.fresh:
         bases["deviation"] = torch.stack([rows[label] for rows, label in _fitted(states, labels, owner, head)])
     elif head.embedding is not None:
-        kinds, where = labels.unique(return_inverse=True)
+        kinds, where = torch.unique(labels, return_inverse=True)
         bases |= {"deviation_unembedding": head.weight[labels], "deviation_input": head.embedding[labels]}
         bases["deviation"] = semantic_basis(head.weight, kinds)[where]
     return bases if head.gain is None else {name: basis / head.gain for name, basis in bases.items()}

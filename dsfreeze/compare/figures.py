@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dsfreeze.compare.pareto import Front, Point
 from dsfreeze.compare.resampling import LEVEL
@@ -212,8 +212,12 @@ def styles_of(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _panels(
-    lines: int, columns: int, size: tuple[float, float], sharey: bool | str = False, style: str = "whitegrid"
-) -> Any:
+    lines: int,
+    columns: int,
+    size: tuple[float, float],
+    sharey: bool | Literal["row"] = False,
+    style: str = "whitegrid",
+) -> tuple[Figure, list[Any]]:
     seaborn = _seaborn()
     from matplotlib.figure import Figure
 

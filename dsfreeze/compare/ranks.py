@@ -75,7 +75,7 @@ def rank_methods(scores: Scores, unit: Unit, alpha: float) -> Ranks:
 def _ranked(rows: Sequence[Sequence[float]]) -> list[list[float]]:
     if not rows:
         return []
-    from scipy.stats import rankdata  # type: ignore[import-untyped]
+    from scipy.stats import rankdata
 
     return [list(map(float, row)) for row in rankdata([[-score for score in row] for row in rows], axis=1)]
 

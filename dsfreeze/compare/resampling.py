@@ -60,7 +60,7 @@ def _ends(samples: list[Sequence[float]], kind: Kind, seed: int) -> list[tuple[f
     product of the values and how often each place was drawn, which takes a tenth of the time. Rounded to 1e-9: BCa counts the resamples whose mean
     is the sample's own, and the last bits of a product depend on where in the matrix it stands."""
     import numpy as np
-    from scipy.stats import bootstrap  # type: ignore[import-untyped]
+    from scipy.stats import bootstrap
 
     if not samples:
         return []
@@ -135,7 +135,7 @@ def detectable_effect(number: int, alpha: float) -> float:
     """
     if least_p(number) > alpha or number < 2:
         return math.inf
-    from scipy.optimize import brentq  # type: ignore[import-untyped]
+    from scipy.optimize import brentq
     from scipy.stats import nct, norm, t
 
     edge, root = t.isf(alpha / 2, number - 1), math.sqrt(number)

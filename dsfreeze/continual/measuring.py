@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Meter:
         try:
             for name, recipe, run in wanted:
                 agree(recipe.digest, "the recipe")
-                data = together(lambda name=name, recipe=recipe, run=run: self._prepared(name, recipe, run))
+                data = together(partial(self._prepared, name, recipe, run))
                 kind = _kind(recipe, data)
                 if engine is None or kind != held:
                     if engine is not None:

@@ -108,7 +108,7 @@ def _from_templates(table: Table, prompt: str, answer: str) -> list[Row]:
         raise UserError(
             f"{table.name} has no column {names}, which a template names.{did_you_mean(missing[0], table.columns)}"
         )
-    labels = {column: names for column in columns if (names := table.names_of(column))}
+    labels = {column: classes for column in columns if (classes := table.names_of(column))}
     rows = []
     for index, row in enumerate(table.rows.select_columns(list(columns)) if columns else [{}] * len(table.rows)):
         empty = [column for column in columns if row[column] is None]

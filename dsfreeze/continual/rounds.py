@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from dsfreeze.continual.methods import METHODS
 from dsfreeze.continual.prepare import prepare
 from dsfreeze.continual.reading import Course, metric_of
 from dsfreeze.continual.rendering import Rendered, pooled, read_rows, replayed, write_rows
-from dsfreeze.continual.results import State, open_results, summarise, write_results
+from dsfreeze.continual.results import open_results, summarise, write_results
 from dsfreeze.continual.spec import ALPHAS, Measured, MethodSpec
 from dsfreeze.engine.process import agree, led, process_group, together
 from dsfreeze.errors import UserError
@@ -38,6 +39,7 @@ from dsfreeze.loop import train
 from dsfreeze.metrics import score
 from dsfreeze.recipe import Recipe
 from dsfreeze.record import MODEL, SUMMARY
+from dsfreeze.state_file import State
 
 MIXED, MEMORY, PREFERENCE = "train.jsonl", "memory", "preference"
 
@@ -133,7 +135,7 @@ class Rounds:
             self._travel(trip)
         if not self.spec.keep_models:
             for trip in self.trips:
-                self._on_leader(lambda trip=trip: self._drop_models(trip, len(self.tasks)))
+                self._on_leader(partial(self._drop_models, trip, len(self.tasks)))
         self._write()
 
     # -- rounds ------------------------------------------------------------------------------------------------
@@ -156,7 +158,7 @@ class Rounds:
             run["rounds"].append(row)
             self.done += 1
             self._write()
-            self._on_leader(lambda number=number: self._tidy(trip, number))
+            self._on_leader(partial(self._tidy, trip, number))
 
     def _left(self, trip: Trip) -> list[int]:
         """The rounds that have no row yet."""

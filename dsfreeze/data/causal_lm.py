@@ -53,7 +53,7 @@ class Blocks(Sequence[Example]):
     def __len__(self) -> int:
         return -(-len(self.stream) // self.length)
 
-    def __getitem__(self, index: Any) -> Example:
+    def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(index)
         ids = self.stream[index * self.length : (index + 1) * self.length].tolist()

@@ -121,7 +121,7 @@ FORMATS = {
 
 def choose(table: Table, options: DataOptions) -> tuple[str, list[str]]:
     """The format of these rows and the columns it reads: the recipe's, or recognised by the columns."""
-    name = options.format
+    name: str = options.format
     if name == "auto":
         name = _recognise(table, options.text)
     wanted = options.text or list(FORMATS[name].columns)

@@ -44,7 +44,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int | np.integer) -> Example:
         return self.rows[int(index)]
 
     def take(self, kept: np.ndarray) -> Examples:
@@ -77,7 +77,7 @@ class Pairs(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.sequences) // 2
 
-    def __getitem__(self, index: Any) -> Example:
+    def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(index)
         pair = {"chosen": self.sequences[2 * index], "rejected": self.sequences[2 * index + 1]}

@@ -135,8 +135,9 @@ def _both_ways(table: Table) -> Table:
     def mirror(form: str) -> str:
         return form.removesuffix("'") if form.endswith("'") else form + "'"
 
-    mirrored = {
-        mirror(form): tuple([mirror(f) for f in column] for column in columns) for form, columns in table.items()
+    mirrored: Table = {
+        mirror(form): ([*map(mirror, yes)], [*map(mirror, maybe)], [*map(mirror, no)])
+        for form, (yes, maybe, no) in table.items()
     }
     return {**table, **mirrored}
 

@@ -31,7 +31,7 @@ class Packed(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.bins)
 
-    def __getitem__(self, index: Any) -> Example:
+    def __getitem__(self, index: Any) -> Any:
         parts = [self.examples[i] for i in self.bins[index]]
         return {
             "input_ids": list(chain.from_iterable(part["input_ids"] for part in parts)),
@@ -100,10 +100,10 @@ def check_packing(forward: Callable[[Batch], Any], vocab_size: int, *, tolerance
             raise
         raise UserError("data.packing: this model takes no position_ids; write data.packing: false.") from error
     scale = 300 if apart.dtype in (torch.float16, torch.bfloat16) else 1
-    error = (together.float() - apart.float()).abs().max() / apart.float().abs().max()
-    if not error <= tolerance * scale:
+    distance = (together.float() - apart.float()).abs().max() / apart.float().abs().max()
+    if not distance <= tolerance * scale:
         raise UserError(
             "data.packing: this model, with this attention implementation, lets packed examples see each other "
-            f"(logits differ by {float(error):.1e} of their size). "
+            f"(logits differ by {float(distance):.1e} of their size). "
             "Write model.attn_implementation: sdpa, or data.packing: false."
         )

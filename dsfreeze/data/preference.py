@@ -90,4 +90,5 @@ def _comparable(sequences: Dataset, counts: np.ndarray) -> np.ndarray:
     """1 for each pair whose answers both have a token left, and are not the same as far as they go; 0 for the others."""
     ids = list(sequences["input_ids"])
     differ = np.asarray([chosen != rejected for chosen, rejected in zip(ids[::2], ids[1::2], strict=True)])
-    return ((counts.reshape(-1, 2).min(1) > 0) & differ).astype(np.int64)
+    comparable: np.ndarray = (counts.reshape(-1, 2).min(1) > 0) & differ
+    return comparable.astype(np.int64)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset
 from jinja2 import TemplateError
@@ -77,7 +77,7 @@ def render_answer(chat: Sequence[Message], turn: int, tokenizer: PreTrainedToken
 def fill_template(chat: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, ask: bool = False) -> str:
     """The chat as text; with `ask`, ended by the request for a turn of the assistant."""
     try:
-        return tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=ask)
+        return cast(str, tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=ask))
     except TemplateError as error:
         raise UserError(f"the chat template refuses these turns: {error}") from error
 

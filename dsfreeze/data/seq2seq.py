@@ -50,7 +50,8 @@ def prepare(options: DataOptions, tables: Tables, tokenizer: PreTrainedTokenizer
     if len(text) != 2:
         raise UserError(f"data.text names {text[0]} alone; task seq2seq needs a source and a target: [{text[0]}, ...].")
     rows = partial(_tokenised, text=text, tokenizer=tokenizer, options=options)
-    trained, evaluated = tables.train and rows(tables.train), tables.eval and rows(tables.eval)
+    trained = tables.train and rows(tables.train)
+    evaluated: Any = tables.eval and rows(tables.eval)
     return TaskData(
         task="seq2seq",
         train=tables.train and _examples(trained, tables.train.name),

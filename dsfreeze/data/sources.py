@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 import datasets
 import numpy as np
@@ -30,6 +30,7 @@ BUILTIN = {"builtin:nli": nli.generate}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
+@final
 @dataclass(frozen=True)
 class Table:
     """Rows, what the user calls them, and each row's number in the source (1 is the first)."""
@@ -40,7 +41,8 @@ class Table:
 
     @property
     def columns(self) -> list[str]:
-        return self.rows.column_names
+        names: list[str] = self.rows.column_names
+        return names
 
     def where(self, index: int) -> str:
         """How an error names row `index`."""

@@ -63,6 +63,13 @@ class Piece:
         self.gradient.copy_(self.gradient.float() + term)
 
 
+def gradients_of(pieces: Sequence[Piece]) -> list[torch.Tensor]:
+    """Between the passes and the step every piece has one."""
+    found = [piece.gradient for piece in pieces if piece.gradient is not None]
+    assert len(found) == len(pieces), "gradients are there between the passes and the step"
+    return found
+
+
 #: (batch, weight) for each micro-step, as `Engine.forward_backward` takes them.
 MicroBatches = Sequence[tuple[Mapping[str, "torch.Tensor"], float]]
 

@@ -312,7 +312,10 @@ class BaseEngine(ABC):
     def generate(self, batch: Mapping[str, torch.Tensor], **options: Any) -> torch.Tensor:
         self.module.eval()
         defaults = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-        return self.module.generate(**self._move(batch), **{**defaults, **self._generate_options(), **options})
+        model: Any = self.module
+        options = {**defaults, **self._generate_options(), **options}
+        generated: torch.Tensor = model.generate(**self._move(batch), **options)
+        return generated
 
     def _generate_options(self) -> dict[str, Any]:
         return {}
@@ -466,7 +469,7 @@ class BaseEngine(ABC):
         """Every live tensor that holds (part of) a parameter in the model's dtype."""
         return (parameter.data,)
 
-    def _gradient_buffers(self) -> Iterable[torch.Tensor]:
+    def _gradient_buffers(self) -> Iterable[torch.Tensor | None]:
         """Gradients held elsewhere than in `.grad`."""
         return ()
 
@@ -519,6 +522,9 @@ class BaseEngine(ABC):
     @abstractmethod
     def _park(self, state: Mapping[str, TensorState]) -> None:
         """Keep the loaded state of tensors that do not train now."""
+
+    @abstractmethod
+    def sum(self, values: list[float]) -> list[float]: ...
 
     @abstractmethod
     def gather(self, value: Any) -> list[Any]: ...

@@ -22,7 +22,7 @@ def gradient_shares(engine: Any) -> list[torch.Tensor]:
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in _weights(wrapper)]
     if _offloads(wrapper):
         synchronize()  # copies from a GPU may still be on their way
-        return [master.grad for master in masters]
+        return [_offloaded(master) for master in masters]
     held = wrapper.averaged_gradients
     return [torch.cat([g.reshape(-1) for g in held[number]]) for number in range(len(masters))]
 
@@ -35,7 +35,7 @@ def gradient_views(engine: Any) -> list[list[torch.Tensor]]:
         return [[whole_gradient(p)] for p in _weights(wrapper)]
     if _offloads(wrapper):
         synchronize()
-        return [[master.grad] for master in masters]
+        return [[_offloaded(master)] for master in masters]
     held = wrapper.averaged_gradients
     for number in range(len(masters)):
         held[number] = [g.contiguous() for g in held[number]]
@@ -75,6 +75,11 @@ def _masters(wrapper: Any) -> list[torch.Tensor] | None:
 
 def _offloads(wrapper: Any) -> bool:
     return bool(getattr(wrapper, "cpu_offload", False) or getattr(wrapper, "offload_optimizer", False))
+
+
+def _offloaded(master: torch.Tensor) -> torch.Tensor:
+    assert master.grad is not None, "where the optimizer is offloaded, masters keep their gradients' buffers"
+    return master.grad
 
 
 def _weights(wrapper: Any) -> list[torch.nn.Parameter]:

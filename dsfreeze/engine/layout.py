@@ -38,9 +38,9 @@ def holds_gradients(engine: Any) -> bool:
     tell: it counts calls of `step`, of which accelerate and unmanaged accumulation make but one."""
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # stage 3 counts at the next forward pass
-        return wrapper.micro_step_id > 0 or wrapper._epilogue_ran_this_backward
+        return bool(wrapper.micro_step_id > 0 or wrapper._epilogue_ran_this_backward)
     if hasattr(wrapper, "single_partition_of_fp32_groups"):
-        return wrapper.micro_step_id >= 0
+        return bool(wrapper.micro_step_id >= 0)
     return any(p.grad is not None for p in engine.module.parameters() if p.requires_grad)
 
 

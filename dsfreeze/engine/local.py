@@ -29,7 +29,8 @@ from dsfreeze.recipe import Recipe
 class LocalEngine(BaseEngine):
     """One process, one device, no distributed code."""
 
-    rank, world_size, config = 0, 1, None
+    rank, world_size = 0, 1
+    config: Mapping[str, Any] | None = None
 
     def __init__(self, module: nn.Module, anatomy: Anatomy, recipe: Recipe, **rule: Any) -> None:
         super().__init__(module, anatomy, recipe, device_of(0), **rule)
@@ -82,7 +83,7 @@ class LocalEngine(BaseEngine):
             # a tensor the forward pass did not reach has a zero gradient, as under ZeRO: it decays all the same
             gradient = self._named[name].grad
             stepped.grad = torch.zeros_like(stepped) if gradient is None else gradient.to(stepped.dtype)
-        norm = get_total_norm([t.grad for t in self._stepped.values()])
+        norm = get_total_norm([t.grad for t in self._stepped.values() if t.grad is not None])
         limit = self.recipe.train.max_grad_norm
         if limit > 0:
             clip_grads_with_norm_(self._stepped.values(), limit, norm)

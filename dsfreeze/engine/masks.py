@@ -167,7 +167,7 @@ def _draw(count: int, numel: int, seed: int) -> np.ndarray:
     16 leading bits that the last of them has, and once to compare; so beside the result there is a chunk in memory, and not an
     ordering of the whole (8 bytes an element).
     """
-    counts = sum(np.bincount(keys >> 16, minlength=1 << 16) for keys in _keys(numel, seed))
+    counts = np.asarray(sum(np.bincount(keys >> 16, minlength=1 << 16) for keys in _keys(numel, seed)))
     edge = int(np.searchsorted(np.cumsum(counts), count))
     taken, held = [], []
     for start, keys in zip(range(0, numel, CHUNK), _keys(numel, seed), strict=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -103,12 +104,12 @@ def _modules_of(module: nn.Module, layer: Layer) -> Iterator[nn.Module]:
     return map(module.get_submodule, paths)
 
 
-def _checkpoint(module: nn.Module, layers: Iterable[Layer]) -> list[nn.Module]:
+def _checkpoint(module: nn.Module, layers: Iterable[Layer]) -> list[Any]:
     """Recompute the given layers' blocks in the backward pass, non-reentrant.
 
     The switch is set on the blocks themselves: transformers' own would set it on every block and add the input hook.
     """
-    blocks = [module.get_submodule(layer.path) for layer in layers if layer.is_block]
+    blocks: list[Any] = [module.get_submodule(layer.path) for layer in layers if layer.is_block]
     for block in blocks:
         if not hasattr(block, "gradient_checkpointing"):
             raise UserError(

@@ -19,7 +19,7 @@ def checksum(tensor: torch.Tensor) -> int:
     words = tensor.detach().reshape(-1).view(_WORD[tensor.element_size()])
     factors = _factors(words.device)
     total = torch.zeros((), dtype=torch.int64, device=words.device)
-    for number, chunk in enumerate(words.split(CHUNK)):
+    for number, chunk in enumerate(torch.split(words, CHUNK)):
         total += (chunk.to(torch.int64) * factors[: len(chunk)]).sum() * (2 * number + 1)
     return int(total)
 

@@ -70,7 +70,7 @@ def _join(ranks: Ranks, timeout: timedelta) -> bool:
         ranks.world_size == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     ):  # torchrun serves the store itself
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
-    alone = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank}
+    alone: dict[str, str | int] = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank}
     # without LOCAL_SIZE DeepSpeed counts CPU devices by numactl, which need not be there
     alone["LOCAL_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size)
     for name, value in alone.items():

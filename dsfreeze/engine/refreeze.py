@@ -76,7 +76,8 @@ def ledger_of(engine: Any) -> Ledger:
     if not hasattr(engine, "_dsfreeze_ledger"):
         named = engine.module.named_parameters()
         engine._dsfreeze_ledger = Ledger(dims={n: len(getattr(p, "ds_shape", p.shape)) for n, p in named})
-    return engine._dsfreeze_ledger
+    ledger: Ledger = engine._dsfreeze_ledger
+    return ledger
 
 
 def refreeze(
@@ -316,9 +317,9 @@ def _groups(
     for name in names:
         model = ledger.model_of(name)
         settings, origin = ledger.settings[model], ledger.origin.setdefault(name, ledger.origin[model])
-        key = (settings.get("layer") or layer_of(name), repr(sorted(settings.items())), steps.get(name))
         # two groups may have one rate now (at the start of a warm-up) and, by their scheduler, two later
-        key = (*key, origin if scheduled else None)
+        alike = (repr(sorted(settings.items())), steps.get(name), origin if scheduled else None)
+        key = (settings.get("layer") or layer_of(name), *alike)
         groups.setdefault(key, {**settings, "params": []})["params"].append(parameters[name])
         origins.setdefault(key, origin)
     return list(groups.values()), list(origins.values()), [origin not in live for origin in origins.values()]

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 #: Attributes that may hold one value per parameter group.
@@ -59,7 +60,7 @@ def _stretch(scheduler: Any, origins: Sequence[int]) -> None:
         setattr(scheduler, name, [first[origin] for origin in origins])
 
 
-def _rates_now(scheduler: Any) -> Sequence[float | None]:
+def _rates_now(scheduler: Any) -> Sequence[float | Tensor | None]:
     """The rates of all groups, for schedulers that know them as a function of the step; [] for others."""
     if hasattr(scheduler, "_milestones"):  # SequentialLR
         return _rates_now(scheduler._schedulers[bisect_right(scheduler._milestones, scheduler.last_epoch)])

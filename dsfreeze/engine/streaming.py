@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ Take = Callable[[str, torch.Tensor], None]
 def streamed_gradients(module: nn.Module, anatomy: Anatomy, names: Iterable[str], take: Take) -> Iterator[None]:
     """Within it, backward passes give `take(name, gradient)` each named tensor's whole gradient, once a pass."""
     names = anatomy.in_order(names)
-    named = by_name(module)
+    named: dict[str, Any] = by_name(module)
     can_recompute = all(hasattr(module.get_submodule(layer.path), "gradient_checkpointing") for layer in anatomy.blocks)
     set_trainable(module, names)
     modes = Modes(module, anatomy, names, checkpointing=can_recompute)

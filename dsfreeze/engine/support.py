@@ -152,4 +152,4 @@ def unsupported(engine: Any) -> Iterator[str]:
 
 def is_rounded(engine: Any) -> bool:
     """Whether weights are kept in a lower precision than their masters."""
-    return next(engine.module.parameters()).dtype != torch.float32
+    return bool(next(engine.module.parameters()).dtype != torch.float32)

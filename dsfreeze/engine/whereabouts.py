@@ -86,10 +86,11 @@ def limit(seconds: float) -> None:
 
 def listen() -> None:
     """Answer SIGUSR2 with this process's stack, on standard error."""
+    standard_error: Any = sys.__stderr__  # which may be None, and faulthandler takes that
     with suppress(
         AttributeError, ValueError, OSError, RuntimeError
     ):  # no such signal, not the main thread, no real standard error
-        faulthandler.register(signal.SIGUSR2, file=sys.__stderr__, all_threads=True)
+        faulthandler.register(signal.SIGUSR2, file=standard_error, all_threads=True)
 
 
 def explained(error: BaseException) -> UserError | None:
@@ -98,7 +99,8 @@ def explained(error: BaseException) -> UserError | None:
         return None
     if dist.get_world_size() == 1:  # nobody is there to be lost
         return None
-    notes, silent = _in_time(_asked, ({}, []))
+    nothing: tuple[dict[int, Note], list[int]] = ({}, [])
+    notes, silent = _in_time(_asked, nothing)
     missing = [notes[rank] for rank in silent]
     gone = [note for note in missing if note.alive is False]
     stuck = [note for note in missing if note not in gone]

@@ -134,6 +134,7 @@ class ZeroEngine(BaseEngine):
             super()._drop(pieces)
 
     def _refuse_full_gradients(self) -> None:
+        assert self.config is not None, "DeepSpeed has a configuration"
         accumulates = self.config.get("data_types", {}).get("grad_accum_dtype")
         if self.stage == 1 and self.dtype == torch.bfloat16 and accumulates in ("fp32", "float32"):
             raise UserError(
@@ -221,7 +222,7 @@ class ZeroEngine(BaseEngine):
         weights = {}
         for name in names:
             parameter = self._named[name]
-            shares = self._collect(parameter.ds_tensor.data, self.world_size)
+            shares = self._collect(_share(parameter).data, self.world_size)
             if shares:
                 weights[name] = _joined(shares, parameter).clone()
         return weights
@@ -230,7 +231,7 @@ class ZeroEngine(BaseEngine):
         if not self._sharded:
             return super().whole_weight(name)
         parameter = self._named[name]
-        mine = parameter.ds_tensor.data.reshape(-1).to(self.device)
+        mine = _share(parameter).data.reshape(-1).to(self.device)
         shares = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(shares, mine)
         return _joined(shares, parameter)
@@ -249,11 +250,11 @@ class ZeroEngine(BaseEngine):
             super().write_weights(weights)
             return
         for name, value in weights.items():
-            parameter = self._named[name]
-            size = parameter.ds_tensor.numel()
+            parameter, share = self._named[name], _share(self._named[name])
+            size = share.numel()
             piece = value.reshape(-1)[self.rank * size : (self.rank + 1) * size]
-            parameter.ds_tensor.data.reshape(-1)[: len(piece)].copy_(piece)
-            if parameter.data.numel() == parameter.ds_numel:  # small enough to stay gathered
+            share.data.reshape(-1)[: len(piece)].copy_(piece)
+            if _is_gathered(parameter):
                 parameter.data.copy_(value.view(parameter.data.shape))
 
     @property
@@ -261,18 +262,18 @@ class ZeroEngine(BaseEngine):
         return self.stage == 3 and self.engine is not None
 
     def _held(self, parameter: nn.Parameter) -> torch.Tensor:
-        return parameter.ds_tensor.data if self._sharded else parameter.data
+        return _share(parameter).data if self._sharded else parameter.data
 
     def _first_held(self, parameter: nn.Parameter) -> int:
-        return self.rank * parameter.ds_tensor.numel() if self._sharded else 0
+        return self.rank * _share(parameter).numel() if self._sharded else 0
 
     def _copies(self, parameter: nn.Parameter) -> Iterable[torch.Tensor]:
         if not self._sharded:
             return (parameter.data,)
-        gathered = parameter.data.numel() == parameter.ds_numel
-        return (parameter.ds_tensor, parameter.data) if gathered else (parameter.ds_tensor,)
+        share = _share(parameter)
+        return (share, parameter.data) if _is_gathered(parameter) else (share,)
 
-    def _gradient_buffers(self) -> Iterable[torch.Tensor]:
+    def _gradient_buffers(self) -> Iterable[torch.Tensor | None]:
         return gradient_buffers(self.engine) if self.engine else ()
 
     def close(self) -> None:
@@ -282,6 +283,17 @@ class ZeroEngine(BaseEngine):
             self.engine = None
 
 
-def _joined(shares: list[torch.Tensor], parameter: nn.Parameter) -> torch.Tensor:
+def _share(parameter: Any) -> torch.Tensor:
+    """This rank's share of a weight of stage 3."""
+    share: torch.Tensor = parameter.ds_tensor
+    return share
+
+
+def _is_gathered(parameter: Any) -> bool:
+    """Whether the whole weight is here too: it is small enough to stay."""
+    return bool(parameter.data.numel() == parameter.ds_numel)
+
+
+def _joined(shares: list[torch.Tensor], parameter: Any) -> torch.Tensor:
     """A weight of stage 3 from the ranks' shares, of which the last is padded."""
     return torch.cat(shares)[: parameter.ds_numel].view(parameter.ds_shape)

@@ -7,6 +7,7 @@ come or go; before every step, what it says is written to the groups of the mome
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class Rates:
         """The step's learning rate into every group; `members` names a tensor of each."""
         for group, name in zip(groups, members, strict=True):
             number = self.grouping.number[name]
-            rate, own = rates_at(self.plan, step, lambda s, n=number: self._at(n, s, step), self.peaks[number])
+            rate, own = rates_at(self.plan, step, partial(self._at, number, now=step), self.peaks[number])
             group["lr"] = own.get(self.anatomy.layer_of[name].name, rate)
 
     def write_plain(self, groups: Sequence[dict[str, Any]], members: Sequence[str]) -> None:
@@ -76,7 +77,8 @@ class Rates:
         return float(self.scheduler.base_lrs[number] * self.scheduler.lr_lambdas[number](step))
 
     def state_dict(self) -> dict[str, Any]:
-        return self.scheduler.state_dict()
+        state: dict[str, Any] = self.scheduler.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scheduler.load_state_dict(state)

@@ -23,7 +23,7 @@ def moves(plan: FreezePlan) -> bool:
 
 
 def _reentrant(trainer: Trainer, _: FreezePlan) -> bool:
-    options = trainer.args.activation_checkpointing_kwargs or {}
+    options: Any = trainer.args.activation_checkpointing_kwargs or {}
     return bool(trainer.args.activation_checkpointing and options.get("use_reentrant"))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.checkpoint import Base
@@ -53,7 +53,7 @@ def attach(trainer: Any, plan: FreezePlan, anatomy: Anatomy | None = None) -> An
 class Attachment:
     """One trainer's plan, and the instance methods it replaces."""
 
-    def __init__(self, trainer: Trainer, plan: FreezePlan, anatomy: Anatomy) -> None:
+    def __init__(self, trainer: Any, plan: FreezePlan, anatomy: Anatomy) -> None:
         self.trainer, self.plan, self.anatomy = trainer, plan, anatomy
         self.callback = PlanCallback(self)
         self.engine: Adopted | None = None
@@ -92,7 +92,7 @@ class Attachment:
         self._follow()
         return prepared
 
-    def _create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def _create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Upstream's groups of everything that the plan ever trains, remembered; then without what does not train yet, so
         that DeepSpeed makes no masters and moments for it."""
         set_trainable(self.trainer.model, self.plan.ever_trained)
@@ -196,7 +196,8 @@ class _Gathered(nn.Module):
 
     def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
         ranks = read_ranks()
-        for name, parameter in self._cut_up[0].named_parameters():
+        cut_up: Iterator[tuple[str, Any]] = self._cut_up[0].named_parameters()
+        for name, parameter in cut_up:
             slot, share = Slot(name, tuple(parameter.ds_shape), 0), parameter.ds_tensor.data
             flat = Pieces(share, (slot,), ranks.rank, ranks.world_size)
             yield name, nn.Parameter(full(flat, share, slot, ranks.device).view(slot.shape), requires_grad=False)
@@ -209,7 +210,8 @@ def _whole(model: nn.Module) -> nn.Module:
 def _stop_checkpointing(model: nn.Module) -> None:
     """Undo upstream's gradient checkpointing: on every block, and with a hook on the input that re-opens the graph down
     to the embedding. The engine places its own."""
-    for module in model.modules():
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False
         for number, hook in list(module._forward_hooks.items()):

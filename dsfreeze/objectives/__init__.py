@@ -25,7 +25,8 @@ class Objective:
 
     def loss(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """Scalar: the mean over the batch's items (`TaskData.num_items`); None where the batch has no labels."""
-        return outputs.loss
+        loss: torch.Tensor | None = outputs.loss
+        return loss
 
 
 def objective_of(recipe: Recipe) -> Objective:

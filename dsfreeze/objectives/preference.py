@@ -71,7 +71,8 @@ def answer_log_probs(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.
     counts.
     """
     labels = labels.to(logits.device)
-    return _AnswerLogProbs.apply(logits, labels), (labels[:, 1:] != IGNORED).sum(1)
+    apply: Any = _AnswerLogProbs.apply
+    return apply(logits, labels), (labels[:, 1:] != IGNORED).sum(1)
 
 
 class _AnswerLogProbs(torch.autograd.Function):

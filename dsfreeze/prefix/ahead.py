@@ -36,7 +36,7 @@ class ReadAhead(Iterator[Ready]):
     def __init__(self, loader: Loader, cache: PrefixCache) -> None:
         self.loader, self.cache = loader, cache
         self.waited = self.last_wait = 0.0
-        self._position = loader.state_dict()
+        self._position: Mapping[str, Any] = loader.state_dict()
         self._queue: queue.Queue[Ready | BaseException] = queue.Queue(DEPTH)
         self._over = threading.Event()
         self._thread: threading.Thread | None = None

@@ -71,6 +71,7 @@ def choose_tier(
     wanted = job.recipe.freeze.prefix_cache
     if not stretch.cut:
         return Choice("off", "off: no transformer layer lies below all that trains")
+    assert wanted != "off", "nobody asks then"
     cost = _cost(job, ranks, stretch, steps_per_epoch, tokens)
     waiting = _waiting_bytes(job, sum(tokens))
     least = _least_room(ranks, job.recipe.freeze.prefix_cache_dir)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -111,7 +112,8 @@ def _evictable(outline: nn.Module, anatomy: Anatomy, cut: int) -> frozenset[str]
 
 def token_embedding(module: nn.Module) -> set[str]:
     """Names of the parameters that the look-up of a token reads."""
-    own = {id(p) for p in module.get_input_embeddings().parameters(recurse=False)}  # type: ignore[operator]
+    model: Any = module
+    own = {id(p) for p in model.get_input_embeddings().parameters(recurse=False)}
     return {name for name, parameter in module.named_parameters() if id(parameter) in own}
 
 

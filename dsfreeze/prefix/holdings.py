@@ -104,7 +104,8 @@ class Holdings:
         return tuple(self._digests[layer.name] for layer in layers)
 
     def _manifest(self, cut: int, digests: tuple[str, ...]) -> dict[str, Any]:
-        config, recipe = self.job.module.config, self.job.recipe
+        config: Any = self.job.module.config
+        recipe = self.job.recipe
         return manifest_of(
             model=public_name(recipe.model.name), config=config, cut=cut, layers=digests, buffers=self._buffers(cut),
             attention=getattr(config, "_attn_implementation", None), dtype=dtype_of(recipe), stored=stored_as(recipe),

@@ -47,7 +47,7 @@ def layer_digest(layer: Layer, weights: Mapping[str, torch.Tensor]) -> str:
         value = weights[tensor.name].detach().to("cpu").contiguous()
         own = tensor.name.removeprefix(layer.path) if layer.path else tensor.name.rpartition(".")[2]
         digest.update(f"{own} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(memoryview(value.flatten().view(torch.uint8).numpy()))
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

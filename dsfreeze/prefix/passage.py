@@ -71,7 +71,8 @@ class Passage:
         stop = len(self.blocks) if span.stop is None else span.stop
         try:
             if span.start:
-                embedding = self.module.get_input_embeddings()  # type: ignore[operator]
+                model: Any = self.module
+                embedding = model.get_input_embeddings()
                 changed.append(_replace(embedding, self._blank_for(embedding, span.states)))
             for index, block in enumerate(self.blocks):
                 if index < span.start:
@@ -130,11 +131,13 @@ def cut_of(anatomy: Anatomy, trainable: Any) -> int:
 
 def require_fixed_positions(passage: Passage, max_length: int) -> None:
     """UserError for rotary tables that depend on the longest sequence of a batch: a state would depend on whom an example met."""
-    config = passage.module.config.get_text_config()
+    model: Any = passage.module
+    config = model.config.get_text_config()
     told = getattr(config, "rope_parameters", None) or {}
     tables = [told, *(value for value in told.values() if isinstance(value, Mapping))]
+    longest = getattr(config, "max_position_embeddings", max_length)
     for table in tables:
-        usual = table.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", max_length)
+        usual = table.get("original_max_position_embeddings") or longest
         if table.get("rope_type") in ("dynamic", "longrope") and max_length > usual:
             why = f"its rotary positions ({table['rope_type']}) depend on whom an example meets in a batch beyond {usual} positions"
             raise UserError(_refusal(passage, f"{why} (data.max_length is {max_length}; at most {usual} would do)"))
@@ -172,7 +175,8 @@ def require_passable(
 
 def _other_tokens(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Tokens at random, the same on every rank."""
-    known = module.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    model: Any = module
+    known = model.get_input_embeddings().num_embeddings
     return torch.randint(0, known, ids.shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -249,7 +253,7 @@ def _state_of(output: Any) -> torch.Tensor:
 def _replace(module: nn.Module, forward: Callable[..., Any]) -> tuple[nn.Module, Any]:
     """Give the module another forward pass; returns what `_restore` needs to take it away again."""
     before = vars(module).get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     return module, before
 
 

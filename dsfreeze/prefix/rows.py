@@ -23,7 +23,8 @@ class Rows:
         if not self._known[index]:  # two threads may both make it, and make the same
             self._keys[index] = np.frombuffer(example_key(self.sequences[index]), dtype=np.uint8)
             self._known[index] = True
-        return self._keys[index].tobytes()
+        key: bytes = self._keys[index].tobytes()
+        return key
 
     def every_key(self) -> Iterator[bytes]:
         return map(self.key, range(len(self.sequences)))

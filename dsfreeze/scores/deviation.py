@@ -61,10 +61,11 @@ def semantic_basis(head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     By the normal equations s_y = (U'U + eps I)^-1 U[y]: the v x d pseudo-inverse itself is never formed. O(v d^2 + d^3)."""
     gram = torch.zeros(head.shape[1], head.shape[1], dtype=torch.float64)
-    for rows in head.split(4096):  # in fp64, a part at a time
+    for rows in torch.split(head, 4096):  # in fp64, a part at a time
         gram += rows.double().T @ rows.double()
     gram.diagonal().add_(RIDGE * gram.trace() / len(gram))
-    return torch.linalg.solve(gram, head[labels].double().T).T
+    basis: torch.Tensor = torch.linalg.solve(gram, head[labels].double().T).T
+    return basis
 
 
 def fitted_basis(states: torch.Tensor, labels: torch.Tensor, number: int) -> torch.Tensor:
@@ -74,7 +75,8 @@ def fitted_basis(states: torch.Tensor, labels: torch.Tensor, number: int) -> tor
     y = torch.nn.functional.one_hot(labels, number).double()
     kernel = x @ x.T
     kernel.diagonal().add_(FIT_RIDGE * kernel.trace() / len(kernel))
-    return torch.linalg.solve(kernel, y - y.mean(0)).T @ x
+    basis: torch.Tensor = torch.linalg.solve(kernel, y - y.mean(0)).T @ x
+    return basis
 
 
 def deviation(states: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:

@@ -74,7 +74,8 @@ class Observations:
 
     def mean(self, table: str) -> list[float]:
         """Of each column of a table, its mean over the rows; independent of their order."""
-        return np.sort(self.tables[table], axis=0).mean(axis=0).tolist()
+        means: list[float] = np.sort(self.tables[table], axis=0).mean(axis=0).tolist()
+        return means
 
     def with_layers(self, per_tensor: Mapping[str, float]) -> dict[str, float]:
         """Numbers that add up, by tensor and summed by layer."""

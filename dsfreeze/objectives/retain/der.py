@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from dsfreeze.data import TaskData
-from dsfreeze.engine import Engine, MicroBatches, Piece
+from dsfreeze.engine import Engine, MicroBatches, Piece, gradients_of
 from dsfreeze.engine.process import together
 from dsfreeze.evaluation import over_all
 from dsfreeze.job import Job
@@ -75,7 +75,7 @@ class Der(Term):
         self._loss = engine.scratch_gradients(batches, self._keep, objective=self.replay)
 
     def _keep(self, pieces: list[Piece]) -> None:
-        self._gradient = [piece.gradient.clone() for piece in pieces]
+        self._gradient = [gradient.clone() for gradient in gradients_of(pieces)]
 
     def _micro_batches(self, engine: Engine, compared: Sequence[Kept], replayed: Sequence[Kept]) -> MicroBatches:
         data, accumulation = self.job.data, self.job.recipe.train.gradient_accumulation_steps
@@ -115,8 +115,8 @@ class Der(Term):
             placed.append({**row, "at": at, "items": len(logits)})
             at += len(logits)
         earlier = [(self.logits, self.classes)] if self.memory.examples else []
-        logits, classes = zip(*earlier, *found, strict=True)
-        tensors = {"logits": torch.cat(logits), "classes": torch.cat([c.int() for c in classes])}
+        every_logits, every_classes = zip(*earlier, *found, strict=True)
+        tensors = {"logits": torch.cat(every_logits), "classes": torch.cat([c.int() for c in every_classes])}
         write_memory(self.job, self.memory, tensors, [*self.memory.examples, *placed])
 
     def _top_logits(self, engine: Engine, kept: Sequence[Kept]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -129,9 +129,10 @@ class Der(Term):
             rows = engine.no_grad_forward(batch).logits.cpu()
             items = [
                 items_of(data, row, label)[0]
-                for row, label in zip(rows.split(1), batch["labels"].split(1), strict=True)
+                for row, label in zip(torch.split(rows, 1), torch.split(batch["labels"], 1), strict=True)
             ]
-            return [tuple(found.topk(min(number, found.shape[-1]))) for found in items]
+            tops = (found.topk(min(number, found.shape[-1])) for found in items)
+            return [(top.values, top.indices) for top in tops]
 
         lengths = np.asarray([len(row["input_ids"]) for row in kept])
         return over_all(engine, lengths, self.job.recipe.train.per_device_eval_batch_size, run)

@@ -86,10 +86,11 @@ def fisher_of(job: Job, engine: Engine) -> dict[str, tuple[int, torch.Tensor]]:
 
 def _one_by_one(job: Job, engine: Engine, chosen: np.ndarray, places: np.ndarray) -> MicroBatches:
     """Each example by itself, weighted so that its mean loss is -log p; a filler beyond the last (collective at stage 3)."""
-    batches = []
+    examples, batches = job.data.train, []
+    assert examples is not None, "something was trained on"
     for place in places.tolist():
         index = int(chosen[min(place, len(chosen) - 1)])
-        batch = job.data.collate([job.data.train[index]])
+        batch = job.data.collate([examples[index]])
         if job.recipe.retain.fisher_labels == "model":
             batch = _with_drawn_labels(job, engine, batch, index)
         batches.append((batch, float(job.data.num_items(batch)) if place < len(chosen) else 0.0))

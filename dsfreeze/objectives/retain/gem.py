@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from dsfreeze.engine import Engine, Piece
+from dsfreeze.engine import Engine, Piece, gradients_of
 from dsfreeze.engine.process import together
 from dsfreeze.job import Job
 from dsfreeze.objectives import Term
@@ -50,13 +50,13 @@ class Gem(Term):
             engine.scratch_gradients(micro_batches(self.job, engine, chosen), self._keep)
 
     def _keep(self, pieces: list[Piece]) -> None:
-        self._gradients.append([piece.gradient.clone() for piece in pieces])
+        self._gradients.append([gradient.clone() for gradient in gradients_of(pieces)])
 
     def before_step(self, engine: Engine, step: int) -> None:
         if not self._gradients:
             return
         with engine.edited_gradients() as pieces:
-            products = self._products(engine, [*self._gradients, [piece.gradient for piece in pieces]])
+            products = self._products(engine, [*self._gradients, gradients_of(pieces)])
             if (products[-1, :-1] < 0).any():
                 weights = self._solve(products[:-1, :-1], products[-1, :-1])
                 for piece, *others in zip(pieces, *self._gradients, strict=True):
@@ -95,7 +95,8 @@ class AGem(Gem):
         return [self.memory.examples] if self.memory.examples else []
 
     def _solve(self, gram: np.ndarray, product: np.ndarray) -> np.ndarray:
-        return -product / gram[0]
+        weights: np.ndarray = -product / gram[0]
+        return weights
 
 
 def solve_dual(gram: np.ndarray, product: np.ndarray, margin: float) -> np.ndarray:
@@ -110,7 +111,8 @@ def solve_dual(gram: np.ndarray, product: np.ndarray, margin: float) -> np.ndarr
     root = np.sqrt(values[kept])[:, None] * vectors[:, kept].T
     linear = (product + gram @ np.full(len(product), margin)) / scale
     target = -(vectors[:, kept].T @ linear) / np.sqrt(values[kept])
-    return margin + nnls(root, target)[0] / scale
+    solution: np.ndarray = margin + nnls(root, target)[0] / scale
+    return solution
 
 
 def _pairs(number: int) -> list[tuple[int, int]]:

@@ -6,6 +6,8 @@ of each task, or with `start: sequence` that of the first task which trained the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from dsfreeze.engine import Engine, Piece
@@ -35,5 +37,6 @@ class L2Sp(Anchored):
         if self.options.start == "sequence":
             new = tuple(name for name in self.names if name not in known)
             mine = {p.name: (p.first, self._held[p.name][1]) for p in engine.pieces() if p.name in new}
-            kept |= {f"start/{n}": t.to(engine.module.dtype) for n, t in joined(engine, new, mine).items()}
+            module: Any = engine.module
+            kept |= {f"start/{n}": t.to(module.dtype) for n, t in joined(engine, new, mine).items()}
         together(lambda: None if engine.rank else write_memory(self.job, self.memory, kept))

@@ -50,7 +50,8 @@ class Memory:
         """A tensor, or of a 1-D one the elements `first` .. `last - 1`; on the CPU."""
         try:
             with safe_open(self.folder / TENSORS, "pt") as content:
-                return content.get_tensor(key) if first is None else content.get_slice(key)[first:last]
+                found: torch.Tensor = content.get_tensor(key) if first is None else content.get_slice(key)[first:last]
+                return found
         except (OSError, SafetensorError) as error:
             raise UserError(f"retain.memory: {self.folder / TENSORS} cannot be read: {error}.") from None
 
@@ -98,7 +99,7 @@ def open_alike(job: Job) -> Memory:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format_version"] != FORMAT_VERSION:
             raise UserError(
                 f"retain.memory: {folder} has format {manifest['format_version']}; this version reads {FORMAT_VERSION}."

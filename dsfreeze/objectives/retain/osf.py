@@ -68,6 +68,7 @@ class Osf(Term):
                 shape = self.job.anatomy.by_name[name].shape
                 projected = basis.without(whole.view(shape).to(basis.left.device)).reshape(-1)
                 if piece is not None:
+                    assert piece.gradient is not None
                     piece.gradient.copy_(projected[piece.first : piece.last])
 
     def finish(self, engine: Engine) -> None:
