@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,10 @@ class Here(forking.ForkServer):
         self.pid = os.fork()
         if self.pid == 0:
             ours.close()
+            for inherited in range(3, 256):  # what a process that is executed does not inherit
+                if inherited != theirs.fileno():
+                    with suppress(OSError):
+                        os.close(inherited)
             forking.Server(theirs).serve()
             os._exit(0)
         theirs.close()

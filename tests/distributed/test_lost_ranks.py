@@ -14,6 +14,7 @@ from forks import outcomes_of
 from test_train import train, values
 from tiny_runs import tiny_recipe
 
+pytestmark = pytest.mark.slow
 STEP = 3
 
 

@@ -112,6 +112,7 @@ def train_in_parts(plan):
     return results
 
 
+@pytest.mark.slow
 def test_micro_steps_and_recomputing_change_nothing(tmp_path):
     """Oracle: `plainly`, which takes each step's examples in one pass and keeps its activations."""
     plan = masked_plan(tmp_path)

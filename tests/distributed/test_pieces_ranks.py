@@ -116,6 +116,7 @@ def test_every_stage_edits_and_drops_as_plain_pytorch():
             close(got, wanted, f"rank {rank} {layout}", 2e-5)
 
 
+@pytest.mark.slow
 def test_every_stage_edits_in_bf16():
     """Oracle: the local engine in bf16. Weights of few bits: to two spacings near 1."""
     layouts = [("zero0", {}), ("zero2", {}), ("zero3", {"stage3_param_persistence_threshold": 0})]

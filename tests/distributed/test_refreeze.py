@@ -102,6 +102,7 @@ def test_mixed_groups_and_other_optimizers():
     check([Case("freeze", zero, "offload", steps=10, fused=True) for zero in STAGES], 1e-6, stage3=1e-5)
 
 
+@pytest.mark.slow
 def test_a_tied_head_buffers_and_a_tensor_smaller_than_the_ranks():
     """A share may be empty on a rank; with one rank every share is whole. Three ranks add in another order."""
     for ranks, bound in ((1, 0.0), (2, 0.0), (3, 1e-6)):
@@ -138,6 +139,7 @@ def wrong_rules():
         ]
 
 
+@pytest.mark.slow
 def test_the_comparison_can_tell():
     """Power: moments dropped instead of kept, or another schedule, differ by far more than any bound above."""
     for right, cleared, static in run_ranks(wrong_rules):
