@@ -21,6 +21,7 @@ from dsfreeze.compare import forking
 from dsfreeze.errors import UserError
 from dsfreeze.folder_lock import FolderLock
 
+pytestmark = pytest.mark.skipif(not forking.POSSIBLE, reason="runs are forked under Linux alone")
 COMMAND = [sys.executable, "-m", "dsfreeze"]
 
 
@@ -111,6 +112,18 @@ def test_a_killed_server_takes_its_runs_along_and_another_follows(server: Here, 
     assert [sleeping.wait(), second.wait()] == [-signal.SIGKILL] * 2
     until(lambda: not is_alive(int(sleeping.text)))
     assert launched(server, tmp_path, "6").wait() == 6
+
+
+def test_a_run_that_died_with_its_server(server: Here, tmp_path: Path) -> None:
+    """Nobody could tell its end: it is taken for killed, and nothing else is."""
+    run = launched(server, tmp_path, "sleep")
+    until(lambda: run.poll() is None and b"\n" in run.text)
+    os.kill(server.pid, signal.SIGSTOP)
+    os.kill(int(run.text), signal.SIGKILL)
+    os.kill(server.pid, signal.SIGKILL)
+    os.waitpid(server.pid, 0)
+    until(lambda: not Path(f"/proc/{int(run.text)}").exists())
+    assert run.wait() == -signal.SIGKILL
 
 
 def test_a_run_outlives_a_killed_comparison_and_holds_its_lock(server: Here, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 """Runs that are forked from a process which has imported what they need: to import torch and transformers takes longer than a small
-run. For machines without GPUs, since CUDA does not survive a fork. No torch on our side.
+run. For Linux without GPUs, since CUDA does not survive a fork. No torch on our side.
 
     python -m dsfreeze.compare.forking         the server; its standard input is a socket of ours
 
@@ -24,6 +24,8 @@ from typing import IO, NoReturn
 
 #: What runs import, and through it nearly all of what they use.
 PRELOAD = ("dsfreeze.cli", "dsfreeze.loop", "transformers.generation.utils")
+#: Process descriptors, and sockets that keep messages apart, are Linux's.
+POSSIBLE = sys.platform == "linux"
 #: Bytes of a message: some words, some variables.
 _MOST = 1 << 16
 
@@ -89,7 +91,7 @@ class Forked:
                 self._end(int(codes[0]))
             elif not read:
                 if pid:
-                    os.kill(int(pid), signal.SIGKILL)
+                    _kill(int(pid), signal.SIGKILL)
                 self._end(-signal.SIGKILL)
         return self.code
 
@@ -97,7 +99,7 @@ class Forked:
         while self.poll() is None and b"\n" not in self.text:
             self._wait()
         if self.code is None:
-            os.kill(int(self.text.split(b"\n")[0]), signal.SIGTERM)
+            _kill(int(self.text.split(b"\n")[0]), signal.SIGTERM)
 
     def wait(self) -> int:
         while (code := self.poll()) is None:
@@ -118,6 +120,11 @@ class Forked:
     def _end(self, code: int) -> None:
         self.code = code
         os.close(self.told)
+
+
+def _kill(pid: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):  # it has ended by itself
+        os.kill(pid, number)
 
 
 # -- the server ------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dsfreeze.compare.forking import ForkServer
+from dsfreeze.compare.forking import POSSIBLE, ForkServer
 from dsfreeze.compare.queue import Process, Result, Work
 from dsfreeze.errors import UserError
 from dsfreeze.files import write_whole
@@ -47,7 +47,7 @@ class Processes:
         self.folder, self.lock, self.jobs, self.keep_models = folder, lock, jobs, keep_models
         self.gpus = visible_gpus()
         self.server = ForkServer(folder / LOGS / "server.txt")
-        self.launch = launch if self.gpus else self.server.launch
+        self.launch = self.server.launch if POSSIBLE and not self.gpus else launch
         self._on: dict[str, str] = {}  # which GPU work is on
 
     def start(self, work: Work) -> Process:
