@@ -1,5 +1,5 @@
-"""Runs that are forked from a process which has imported what they need: to import torch and transformers takes longer than a small
-run. For Linux without GPUs, since CUDA does not survive a fork. No torch on our side.
+"""Runs that are forked from a process which has imported what they need, so that small ones do not each begin with torch and transformers.
+For Linux without GPUs, since CUDA does not survive a fork. No torch on our side.
 
     python -m dsfreeze.compare.forking         the server; its standard input is a socket of ours
 
