@@ -350,6 +350,7 @@ def test_a_trainer_that_steps_already(tmp_path):
         ({"optim": "adafactor"}, "Adafactor"),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "reentrant"),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"every_n_layers": 2}}, "every_n_layers"),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": "use_reentrant=True"}, "no dictionary"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
     ],
 )

@@ -22,6 +22,10 @@ def moves(plan: FreezePlan) -> bool:
     return len({phase.trainable for phase in plan.phases}) > 1
 
 
+def _unread_options(trainer: Trainer, _: FreezePlan) -> bool:
+    return not isinstance(trainer.args.activation_checkpointing_kwargs or {}, dict)
+
+
 def _reentrant(trainer: Trainer, _: FreezePlan) -> bool:
     options: Any = trainer.args.activation_checkpointing_kwargs or {}
     return bool(trainer.args.activation_checkpointing and options.get("use_reentrant"))
@@ -65,6 +69,8 @@ REFUSED: tuple[Check, ...] = (
     (lambda t, p: t.args.load_best_model_at_end and moves(p), "load_best_model_at_end with a moving plan",
      "the best checkpoint does not hold what trained after it; load it from its folder instead"),
     (_pushes_checkpoints, "pushing checkpoints to the hub", "they hold trained tensors alone; set hub_strategy='end'"),
+    (_unread_options, "activation_checkpointing_kwargs that are no dictionary",
+     "transformers reads a string as JSON alone; write a dictionary, or leave them out"),
     (_reentrant, "reentrant gradient checkpointing",
      "below a frozen prefix it gives no gradients; set use_reentrant to False"),
     (_partial_checkpointing, "every_n_layers, offload and other activation_checkpointing_kwargs",
