@@ -137,7 +137,7 @@ def test_the_tests(checkout):
         ["ruff", "check", "."],
         ["ruff", "format", "--check", "."],
         ["mypy"],
-        ["pytest", "--numprocesses", "2", "--dist", "loadfile", "--nbmake", "-m", "not slow"],
+        ["pytest", "--numprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--nbmake", "-m", "not slow"],
     ]
     assert checkout.calls() == [["-m", *check] for check in checks]
 
