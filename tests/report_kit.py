@@ -56,7 +56,7 @@ def comparison_of(folder: Path, *cells: dict[str, Any], **changes: Any) -> Path:
     named = {f"m/rte/{each['method']}/size-all/seed-{each['seed']}": each for each in cells}
     path = folder / "results.json"
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"format_version": 1, "spec": {}, "cells": named, **changes}))
+    path.write_text(json.dumps({"format_version": 1, "spec": {}, "cells": named, "tuning": {}, **changes}))
     return path
 
 

@@ -31,7 +31,7 @@ from dsfreeze.compare.resampling import (
 )
 from dsfreeze.compare.statistics import SEED, summarise
 from dsfreeze.compare.tables import comparison_tables
-from dsfreeze.compare.verdicts import family_verdict, lost_verdict, pair_verdict, rank_verdict
+from dsfreeze.compare.verdicts import family_verdict, lost_verdict, pair_verdict, rank_verdict, rate_verdict
 
 #: Ranks of table 6 of Demsar 2006: four trees (C4.5, +m, +cf, +m+cf) on 14 data sets.
 DEMSAR = [
@@ -291,6 +291,23 @@ def test_against_one_method_fewer_pairs_are_corrected_for():
     assert [pair.holm for pair in one.pairs] == holm([pair.p for pair in every.pairs[:2]])
     assert one.ranks == every.ranks
     assert "of 2 pairs with method0 (over 8 cases each" in family_verdict(one)[1]
+
+
+def tuned(best: float | None, *rates: float) -> dict:
+    return {"trials": [{"learning_rate": rate, "score": 1.0} for rate in rates], "learning_rate": best}
+
+
+def test_rates_at_the_end_of_their_range_are_told():
+    """Oracle: by eye. One rate has no range, and a search whose trials all failed has no best."""
+    tuning = {
+        "m/rte/full/size-all": tuned(1e-5, 1e-5, 1e-4, 1e-3), "m/cola/full/size-all": tuned(1e-4, 1e-5, 1e-4, 1e-3),
+        "m/rte/lora/size-all": tuned(1e-3, 1e-5, 1e-4, 1e-3), "m/rte/head/size-all": tuned(None, 1e-5, 1e-3), "m/rte/half/size-all": tuned(1e-4, 1e-4),
+    }  # fmt: skip
+    (line,) = rate_verdict(tuning)
+    assert line.startswith(
+        "The best learning rate is the lowest for full (1 of 2); the highest for lora (1 of 1) of those tried"
+    )
+    assert rate_verdict({"m/rte/full/size-all": tuned(1e-4, 1e-5, 1e-4, 1e-3)}) == []
 
 
 def test_more_pairs_than_the_flips_can_tell_are_said_to_be():

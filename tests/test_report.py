@@ -55,6 +55,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Outline:
 # -- the page ------------------------------------------------------------------------------------------------------
 
 
+def test_rates_at_the_end_of_their_range_are_in_the_report(tmp_path: Path) -> None:
+    trials = [{"learning_rate": rate, "score": rate} for rate in (1e-4, 1e-3)]
+    comparison_of(
+        tmp_path / "grid",
+        cell("full", 1, 80.0),
+        tuning={"m/rte/full/size-all": {"trials": trials, "learning_rate": 1e-3}},
+    )
+    write_report([tmp_path / "grid"], tmp_path / "page.md")
+    assert "the highest for full (1 of 1) of those tried" in (tmp_path / "page.md").read_text()
+
+
 def test_the_runs_are_a_table(whole: Outline) -> None:
     rows = {row["run"]: row for row in whole.table("A row for each run")}
     assert set(rows) == {"full", "half-1", "half-2", "killed"}

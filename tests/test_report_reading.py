@@ -104,7 +104,7 @@ def test_paths_without_records_teach(tmp_path: Path, name: str, message: str) ->
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", '{"cells": 3, "format_version": 1}', '{"cells": {"k": []}, "format_version": 1}',
+    ["", "[]", "{}", '{"cells": {}, "format_version": 1}', '{"cells": {}, "tuning": {"full": {"trials": 3}}, "format_version": 1}', '{"cells": 3, "format_version": 1}', '{"cells": {"k": []}, "format_version": 1}',
      '{"cells": {"k": {"model": 1}}, "format_version": 1}', '{"sequence": ["a"], "format_version": 1}',
      '{"sequence": 3, "probes": [], "spec": {"bwt": "T"}, "runs": {}, "start": null, "format_version": 1}'],
 )  # fmt: skip

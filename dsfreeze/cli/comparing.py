@@ -50,10 +50,13 @@ def _tell(state: dict[str, Any], folder: Path, *, as_json: bool) -> None:
     from dsfreeze.compare.results import RESULTS
     from dsfreeze.compare.statistics import baseline, summarise
     from dsfreeze.compare.tables import comparison_tables
+    from dsfreeze.compare.verdicts import rate_verdict
 
     if as_json:
         print_json(state)
         return
     cells = state["cells"]
     show(comparison_tables(summarise(cells, against=baseline(cells)), pareto_fronts(cells)))
+    for line in rate_verdict(state["tuning"]):
+        say(escape(line))
     say(f"wrote {escape(str(folder / RESULTS))}; a page of it: dsfreeze report {escape(str(folder))}")

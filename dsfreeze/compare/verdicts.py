@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from dsfreeze.compare.blocks import Unit
 from dsfreeze.compare.pairs import Pair, least_blocks
@@ -145,6 +146,35 @@ def lost_verdict(summary: Summary) -> list[str]:
     lines = [f"{len(summary.lost)} of {total} cells have no score and are in no number here: {by_status}."]
     lines += [f"{text} ({number} cell{'s' * (number > 1)})" for text, number in reasons[:_MOST]]
     return lines + ([f"... and {len(reasons) - _MOST} more reasons"] if len(reasons) > _MOST else [])
+
+
+def rate_verdict(tuning: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The methods whose best learning rate is the lowest or the highest that was tried, so that a better one may lie beyond; from
+    `tuning` of the results."""
+    found: dict[str, Counter[str]] = {}
+    for group, tuned in tuning.items():
+        rates = {trial["learning_rate"] for trial in tuned["trials"]}
+        if tuned["learning_rate"] is not None and len(rates) > 1:
+            method = group.split("/")[-2]
+            found.setdefault(method, Counter())[_place(tuned["learning_rate"], rates)] += 1
+    ends = [
+        f"the {end} for {_listed([(method, places[end], places.total()) for method, places in found.items() if places[end]])}"
+        for end in ("lowest", "highest")
+        if any(places[end] for places in found.values())
+    ]
+    if not ends:
+        return []
+    return [
+        f"The best learning rate is {'; '.join(ends)} of those tried: a better one may lie beyond. Widen tune.low and tune.high."
+    ]
+
+
+def _place(rate: float, rates: set[float]) -> str:
+    return {min(rates): "lowest", max(rates): "highest"}.get(rate, "within")
+
+
+def _listed(counts: Iterable[tuple[str, int, int]]) -> str:
+    return ", ".join(f"{method} ({number} of {total})" for method, number, total in counts)
 
 
 def _ends(pair: Pair, sign: int = 1) -> str:

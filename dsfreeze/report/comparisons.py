@@ -13,7 +13,7 @@ from dsfreeze.compare.figures import critical_difference_figure, pareto_figure, 
 from dsfreeze.compare.pareto import pareto_fronts
 from dsfreeze.compare.rows import Rows, as_text, rows_fronts, rows_pairs, rows_ranks
 from dsfreeze.compare.statistics import Summary, baseline, summarise
-from dsfreeze.compare.verdicts import family_verdict, lost_verdict
+from dsfreeze.compare.verdicts import family_verdict, lost_verdict, rate_verdict
 from dsfreeze.continual.results import matrix_of, numbers_of
 from dsfreeze.continual.tables import COLUMNS
 from dsfreeze.report import figures
@@ -39,7 +39,7 @@ def comparison_section(results: Results, *, with_figures: bool) -> Section:
         told += family_verdict(family)
     return Section(
         f"Comparison {results.name}",
-        [*told, *lost_verdict(summary)],
+        [*told, *rate_verdict(results.state["tuning"]), *lost_verdict(summary)],
         figures=[*_statistics_figures(cells, summary), *_cell_figures(cells)] if with_figures else (),
         tables=[*_scores(cells), *_costs(cells), *_statistics(cells, summary), *_without(cells)],
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsfreeze.compare.results import FORMAT_VERSION as COMPARISON_VERSION
+from dsfreeze.compare.verdicts import rate_verdict
 from dsfreeze.continual.results import FORMAT_VERSION as SEQUENCE_VERSION
 from dsfreeze.continual.results import RESULTS, summarise
 from dsfreeze.errors import UserError
@@ -110,6 +111,7 @@ def _take_results(path: Path, name: str, gathered: Gathered) -> None:
     if "cells" in value:
         _require_version(path, value, COMPARISON_VERSION)
         _check(path, lambda: _check_cells(value["cells"]))
+        _check(path, lambda: rate_verdict(value["tuning"]))
         gathered.comparisons.append(Results(os.path.dirname(name) or name, value))
     elif "sequence" in value:
         _require_version(path, value, SEQUENCE_VERSION)
