@@ -242,6 +242,8 @@ def test_a_planted_difference_is_found_and_no_other():
         "A difference found in 3 of 6 pairs (over 14 cases each; Holm, alpha 0.05), no difference found in the rest."
         in family_verdict(family)[1]
     )
+    both = summarise(random_cells(2, 14, 3, gain=3)).families[0]
+    assert "A difference found in 1 of 1 pair (over 14 cases each; Holm, alpha 0.05)." in family_verdict(both)[1]
 
 
 def test_the_sign_says_who_is_better():

@@ -69,7 +69,8 @@ def _answer(family: Family) -> str:
     rule = f"over {_over(family)} each; Holm, alpha {family.alpha:g}"
     more = f" {few} of them have too few {family.unit}s to show one on their own ({_needed(family)})." if few else ""
     if found:
-        return f"A difference found in {found} of {pairs} ({rule}), no difference found in the rest.{more}"
+        rest = ", no difference found in the rest" if found < len(family.pairs) else ""
+        return f"A difference found in {found} of {pairs} ({rule}){rest}.{more}"
     return f"No difference found in any of {pairs} ({rule}). {_seen_in(family.pairs)}{more}"
 
 
