@@ -1,4 +1,4 @@
-"""The quickstart with three seeds, each as a user runs it: accuracy before and after, whole seconds, and what freezing saved in the same run."""
+"""The quickstart with its own seed and three others, each as a user runs it: accuracy before and after, whole seconds, and what freezing saved in the same run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from common import machine, write
 
-SEEDS = (1, 2, 3)
+SEEDS = (42, 1, 2, 3)
 
 
 def run(seed: int) -> tuple[dict[str, Any], float]:

@@ -324,6 +324,15 @@ def test_adagradselect_exploits_by_past_updates():
     assert [seen[i] / 2000 for i in range(4)] == pytest.approx([4 / 7, 1 / 7, 1 / 7, 1 / 7], abs=0.04)
 
 
+def test_adagradselect_counts_how_often_a_layer_trained():
+    """Oracle: counted here, over decisions that never explore: the scores are those counts."""
+    chosen, often = run("adagradselect", epsilon=0.0), Counter()
+    for _ in range(5):
+        often.update(f"layers.{i}" for i in chosen.active)
+        chosen.decide(chosen.layers())
+        assert chosen.revision.scores == {f"layers.{i}": float(often[f"layers.{i}"]) for i in range(4)}
+
+
 def test_adagradselect_explores_less_and_less():
     """Oracle: epsilon x decay^(n-1) at decision n, as a frequency: exploration compares norms, which are not counts."""
     explored: Counter[int] = Counter()
@@ -360,6 +369,18 @@ def test_grass_probabilities():
         assert chosen.revision.scores == pytest.approx({"layers.0": 0.25, "layers.1": 0.75})
         second += chosen.active == {1}
     assert second / 2000 == pytest.approx(0.75, abs=0.03)
+
+
+def test_grass_draws_anew_at_every_decision():
+    """Oracle: layers alike in gradient; 40 decisions that drew with the same numbers would all choose the same one."""
+    anatomy = anatomies.llama(depth=2)
+    chosen = run("grass", anatomy, active_layers=1)
+    seen = set()
+    for number in range(1, 41):
+        chosen.decide(chosen.layers(squared=[1.0, 1.0]))
+        assert chosen.memory["decision"] == number
+        seen |= chosen.active if number > 2 else set()
+    assert seen == {0, 1}
 
 
 def test_grass_averages_over_time():
@@ -404,6 +425,23 @@ def test_blockllm_does_not_judge_before_it_has_more_losses_than_its_patience():
     for phases in (1, 1, 2):
         chosen.decide(chosen.layers(losses=(1.0, 1.5)) if phases == 1 else chosen.layers(losses=(9.0, 9.0)))
         assert len(chosen.plan.phases) == phases
+
+
+def test_blockllm_remembers_losses_and_rounds():
+    """Oracle: by hand. The mean of all losses since the last choice, 4, against that of the latest three, (1 + 1 + 10) / 3 = 4: it stalls,
+    though the step's own loss is above both; the first choice is round 1, this one round 2, and a tensor's second round is its second visit."""
+    chosen = run("blockllm", anatomies.llama(depth=1), switch_every=1, patience=3, sparsity=0.5)
+    names = {t.name for t in chosen.anatomy.blocks[0].tensors}
+    for losses in ((4.0,), (1.0,), (1.0,)):
+        chosen.decide(Evidence(chosen.plan.decide_at, losses, gradients=dict.fromkeys(names, Gradient(1.0, 1.0, 1.0, 1))))
+        assert chosen.memory["rounds"] == 1
+    assert (chosen.memory["total"], chosen.memory["number"], chosen.memory["latest"]) == (6.0, 3, [4.0, 1.0, 1.0])
+    first = chosen.trained & names
+    chosen.decide(Evidence(4, (10.0,), gradients=dict.fromkeys(names, Gradient(1.0, 1.0, 1.0, 1))))
+    assert chosen.memory["rounds"] == 2
+    second = chosen.trained & names
+    assert chosen.memory["visits"] == {name: (name in first) + (name in second) for name in first | second}
+    assert (chosen.memory["total"], chosen.memory["number"], chosen.memory["latest"]) == (0.0, 0, [])
 
 
 def test_blockllm_takes_its_share_and_never_the_embedding_or_the_words():

@@ -224,7 +224,19 @@ class TestChoice:
             "memory: 582.28 MiB of states (265 k tokens of 2,304 B) for 15 layers computed once instead of 5 times; "
             "pays from epoch 2"
         )
-        assert "no transformer layer" in choose(replace(cost, layers=0), **ROOM).reason
+        assert choose(replace(cost, layers=1), **ROOM).reason.startswith(
+            "memory: 582.28 MiB of states (265 k tokens of 2,304 B) for 1 layer computed once"
+        )
+        assert choose(replace(cost, layers=0), **ROOM).reason == (
+            "off: no transformer layer lies below all that trains, so there is no state to store"
+        )
+        both = choose(cost, free_memory=0, free_disk=0).reason
+        assert "a quarter of the free host memory" in both
+        assert "; " in both
+        assert "the disk's free space less its reserve" in both
+        for count, told in ((999, "999 tokens"), (1000, "1 k tokens"), (2_500_000, "2.5 M"), (10**9, "1 G tokens")):
+            assert told in choose(made(train=count), free_memory=2**60, free_disk=2**60).reason
+        assert "(265 k tokens" in choose(made(train=200_000, evaluation=65_000), **ROOM).reason
         assert choose(replace(cost, visits=1.0), **ROOM).reason == "off: no example comes a second time in 1 epoch"
         for found in (choose(cost, **ROOM), choose(cost, free_memory=0, free_disk=0)):
             assert found.reason.startswith(found.tier + ": ")
@@ -254,6 +266,16 @@ class TestRoom:
             require_room("disk", self.COST, free_memory=0, free_disk=0)
         with pytest.raises(UserError, match=re.escape("Write freeze.prefix_cache: disk, or freeze.prefix_cache: off.")):
             require_room("memory", replace(self.COST, token_bytes=580), free_memory=0, free_disk=0)
+
+    def test_what_is_evaluated_is_stored_too(self):
+        """Oracle: by hand: 3 GiB of states for a million training tokens and half a million to evaluate, 2 KiB each; half of it in bf16."""
+        cost = made(train=2**20, evaluation=2**19, width=512, size=2048)
+        for tier, place in (("memory", "of host memory are"), ("disk", "on the disk of freeze.prefix_cache_dir are")):
+            with pytest.raises(UserError) as caught:
+                require_room(tier, cost, free_memory=0, free_disk=0)
+            message = str(caught.value)
+            assert f"needs 3.00 GiB for the states of 1.57 M tokens, and 0 B {place} free. Write" in message
+            assert "bf16 (1.50 GiB) or int8 (774.00 MiB), " in message
 
     def test_auto_and_off_ask_for_nothing(self):
         for tier in ("auto", "off"):

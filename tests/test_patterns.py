@@ -152,10 +152,20 @@ class TestOtherSpellings:
             match_regexes(DEEP, ["model.(layers"])
 
     def test_nearest_name(self):
-        with pytest.raises(UserError, match=r"model\.layers\.3\.mlp\.down_proj"):
+        with pytest.raises(UserError, match=r"model\.layers\.3\.mlp\.down_proj") as caught:
             match_regexes(DEEP, ["^modle.layers.3.mlp.down_proj"])
+        assert "freeze.unfrozen_parameters" in str(caught.value)
 
-    @pytest.mark.parametrize(("number", "expected"), [(2, {"layers.2", "layers.3"}), (-1, {"layers.0"})])
+    @pytest.mark.parametrize(
+        ("number", "expected"),
+        [
+            (2, {"layers.2", "layers.3"}),
+            (1, {"layers.3"}),
+            (-1, {"layers.0"}),
+            (4, {f"layers.{i}" for i in range(4)}),
+            (-4, {f"layers.{i}" for i in range(4)}),
+        ],
+    )
     def test_freeze_trainable_layers(self, number, expected):
         """Oracle: LLaMA-Factory trains the last n, or the first -n; embedding, norm and head are frozen."""
         anatomy = anatomies.llama()

@@ -80,6 +80,21 @@ def test_gradual_unfreezing_grows_from_the_top():
     assert active(anatomy, odd) == [(0, 4, "123NH"), (4, 4, "E0123NH")]
 
 
+def test_what_is_told_of_stages():
+    """Oracle: by hand: 4 places of 10 steps settle, 1 / (1 - beta1) = 10, those of 9 do not; 4 stages of 5 steps are not reached in 15."""
+    anatomy = anatomies.llama()
+    few = "9 steps at a place are few: Adam's first ones are about lr * sign(gradient)"
+    assert few in plan_of(anatomy, 36, strategy="sweep").notes
+    assert not any("are few" in note for note in plan_of(anatomy, 40, strategy="sweep").notes)
+    unreached = "the run ends before the last stages: its bottom layers never train"
+    assert unreached in plan_of(anatomy, 15, strategy="gradual_unfreezing", switch_every=5).notes
+    assert unreached not in plan_of(anatomy, 20, strategy="gradual_unfreezing", switch_every=5).notes
+    assert plan_of(anatomy, 15, strategy="gradual_unfreezing", switch_every=5).phases[-1].num_steps == 5
+    tied = plan_of(anatomies.llama(tied=True), 36, strategy="sweep").notes
+    assert few in tied
+    assert any("only while layers.0" in note for note in tied), "one remark does not displace another"
+
+
 def test_nothing_that_trains_stops_again():
     for anatomy in anatomies.everything().values():
         sets = [set(phase.trainable) for phase in plan_of(anatomy, strategy="gradual_unfreezing").phases]
@@ -125,6 +140,18 @@ def test_freezeout_linear_and_unscaled():
     assert plan_of(anatomy, 8, strategy="freezeout", t0=1.0).phases[0].num_steps == 8
 
 
+def test_freezeout_of_few_layers():
+    """Oracle: by hand: of two layers the first stops at 0.5 of the run, and a single one never does."""
+    two = plan_of(anatomies.llama(depth=2), 8, strategy="freezeout", t0=0.5, power=1)
+    assert {rate.layer: rate.ends for rate in two.rates if rate.layer.startswith("layers")} == {
+        "layers.0": 4,
+        "layers.1": 8,
+    }
+    one = plan_of(anatomies.llama(depth=1), 8, strategy="freezeout", t0=0.5)
+    assert [phase.num_steps for phase in one.phases] == [8]
+    assert {rate.ends for rate in one.rates} == {8}
+
+
 def test_freezeout_with_an_embedding_that_goes_on():
     anatomy = anatomies.llama()
     plan = plan_of(anatomy, 1000, strategy="freezeout", embed="train")
@@ -151,6 +178,15 @@ def test_step_ranges_mean_what_nemo_means():
     assert active(anatomy, plan) == [
         (0, 2, "013N"), (2, 3, "013NH"), (5, 5, "13NH"), (10, 3, "3NH"), (13, 7, "13NH"), (20, 10, "E13NH"), (30, None, "E13N"),
     ]  # fmt: skip
+
+
+def test_a_range_of_one_step_and_ranges_that_meet():
+    """Oracle: by hand. With `[5, 5]` step 5 alone; `[0, 4]` and `[5, 9]` hold together, in whatever order they are written."""
+    anatomy = anatomies.llama()
+    plan = plan_of(anatomy, 20, step_ranges={"layers.0": [5, 5], "layers.1": [[5, 9], [0, 4]]})
+    assert active(anatomy, plan) == [(0, 5, "E023NH"), (5, 1, "E23NH"), (6, 4, "E023NH"), (10, None, "E0123NH")]
+    assert plan.state == "keep"
+    assert "what no range freezes trains" in plan.notes
 
 
 def test_step_ranges_beyond_the_run():

@@ -170,6 +170,34 @@ def test_badam_trains_every_layer_once_a_sweep_for_exactly_k_steps():
     assert active(anatomy, plan, plan.phases[0]) <= {f"layers.{i}" for i in range(12)}
 
 
+def test_a_sweep_is_shuffled_by_seed_and_its_number():
+    """Oracle: `random.Random("SEED/SWEEP")` shuffles the layers' numbers; what a run of an older release did is done again."""
+    anatomy = anatomies.llama(depth=4)
+    plan = plan_of(anatomy, 30, strategy="badam", switch_every=1, seed=7)
+    expected = []
+    for sweep in range(8):
+        order = list(range(4))
+        Random(f"7/{sweep}").shuffle(order)
+        expected += order
+    assert [blocks(anatomy, plan, step) for step in range(30)] == [[index] for index in expected[:30]]
+
+
+def test_what_is_told_of_turns():
+    """Oracle: the notes by hand: 12 layers, 5 at a time, are 3 turns a sweep."""
+    anatomy = anatomies.llama(depth=12)
+
+    def told(steps: int, **options) -> str:
+        return "; ".join(plan_of(anatomy, steps, strategy="badam", order="ascending", active_layers=5, **options).notes)
+
+    assert "5 of 12 units for 20 steps each, ascending: a sweep takes 60 steps" in told(60, switch_every=20)
+    assert "5 of 12 units for 1 step each, ascending: a sweep takes 3 steps" in told(60, switch_every=1)
+    assert "the run's 59 steps end within the first sweep: some units never train" in told(59, switch_every=20)
+    assert "first sweep" not in told(60, switch_every=20)
+    assert "head" not in told(60, switch_every=20)
+    new_head = plan_of(anatomies.llama(labels=3), 60, strategy="badam").notes
+    assert "the task's new head trains in every phase, since it starts from random numbers" in new_head
+
+
 @pytest.mark.parametrize(("order", "expected"), [("ascending", [0, 1, 2, 3, 0]), ("descending", [3, 2, 1, 0, 3])])
 def test_badam_in_a_fixed_order(order, expected):
     anatomy = anatomies.llama(depth=4)

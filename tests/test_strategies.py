@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -315,6 +316,28 @@ class TestRanked:
     def test_missing_file(self, tmp_path):
         with pytest.raises(UserError, match=r'no file .*\{"scores": \{"layers\.0"'):
             plan_of(anatomies.llama(), strategy="ranked", scores=tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("anatomy", "options", "told"),
+    [
+        (anatomies.llama(labels=3), {"strategy": "head", "head": "freeze"}, "freeze.head is 'freeze'. Drop one of the two."),
+        (anatomies.llama(labels=3), {"strategy": "head", "adapter": {}}, "trains no layer that freeze.adapter could sit on. Use strategy 'lora'."),
+        (anatomies.llama(tied=True), {"strategy": "head"}, "lm_head.weight is tied to model.embed_tokens.weight, the embedding, so both would train."),
+    ],
+)  # fmt: skip
+def test_a_head_that_cannot_train_alone(anatomy, options, told):
+    with pytest.raises(UserError, match=re.escape(told)):
+        plan_of(anatomy, **options)
+
+
+def test_scores_of_another_model_are_refused(tmp_path):
+    """Oracle: a digest that no model has; `ranked` hands its model to the reader of scores."""
+    path = tmp_path / "scores.json"
+    scores = {f"layers.{i}": 1.0 for i in range(4)}
+    path.write_text(json.dumps({"scores": scores, "model": {"name": "other", "layers": 4, "digest": "0" * 64}}))
+    with pytest.raises(UserError, match="was made for other with 4 layers"):
+        plan_of(anatomies.llama(), strategy="ranked", scores=path)
 
 
 def test_count_beyond_the_layers():
