@@ -2,8 +2,8 @@
 
     python benchmarks/checkpoints.py        # SmolLM2-135M in bf16 on one device, optimizer state with it
 
-`pause`: seconds in which the loop waits for a checkpoint (a copy to the host), beside those that writing it takes, of one run with
-checkpoints far enough apart. `first_step`: seconds from the start of a process until its first step is recorded, cold and resumed, in turn.
+`pause`: seconds in which the loop waits for a checkpoint (a copy to the host), beside those that writing it takes and those of a plain copy
+of as many bytes, of one run with checkpoints far enough apart. `first_step`: seconds from the start of a process until its first step is recorded, cold and resumed, in turn.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import machine, spread, write
 
 from dsfreeze import checkpoint
@@ -67,8 +68,18 @@ def pauses(folder: Path, freeze: dict[str, Any]) -> dict[str, Any]:
     size = sum(path.stat().st_size for path in newest.iterdir())
     return {
         "checkpoint_bytes": size, "seconds_per_step": summary["seconds_per_step"], "stopped": spread(stopped[:ROUNDS]),
-        "written": spread(written[:ROUNDS]),
+        "written": spread(written[:ROUNDS]), "copied": copied(size),
     }  # fmt: skip
+
+
+def copied(size: int) -> dict[str, Any]:
+    """Seconds that torch takes to copy one tensor of so many bytes to memory of its own."""
+    source, seconds = torch.ones(size, dtype=torch.uint8), list[float]()
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        source.clone()
+        seconds.append(time.perf_counter() - began)
+    return spread(seconds)
 
 
 def first_step(file: Path, run: Path, resumed: bool) -> float:

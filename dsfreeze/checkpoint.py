@@ -11,6 +11,8 @@ Nothing in it depends on the ZeRO stage or the world size; tensors that never tr
 written under another name and renamed when it is whole; older ones go only after that. Only a checkpoint-N with a
 manifest is ours to remove or to rename: transformers' Trainer gives its folders the same names. DeepSpeed's own files
 are not used: they load one layer's state into another when the set changed (DeepSpeed #2288, #5439, #5430).
+
+No torch until a tensor is read or written: checksums are made while it loads.
 """
 
 from __future__ import annotations
@@ -25,21 +27,24 @@ from functools import cached_property
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from dsfreeze.background import Background
 from dsfreeze.errors import UserError
 from dsfreeze.files import sha256_of
 from dsfreeze.plan import FreezePlan
 
 if TYPE_CHECKING:
     from dsfreeze.engine import TensorState
+    from dsfreeze.recipe import Recipe
 
 FORMAT_VERSION = 2
 WEIGHTS, STATE, TRAINER, MANIFEST = "weights.safetensors", "state.safetensors", "trainer_state.json", "manifest.json"
 PREFIX = "checkpoint-"
+#: `train.resume_from_checkpoint` of a job that may be started more than once.
+AUTO: Literal["auto"] = "auto"
 
 
 class NotWhole(UserError):
@@ -201,24 +206,56 @@ def _open(folder: Path) -> Checkpoint:
     return Checkpoint(folder, step, manifest)
 
 
+def seek_start(recipe: Recipe) -> Search | None:
+    """Begin to look for the checkpoint that a run resumes from; None where it begins anew."""
+    wanted, output_dir = recipe.train.resume_from_checkpoint, recipe.train.output_dir
+    if not wanted or (wanted == AUTO and not list_checkpoints(output_dir)):
+        return None
+    return Search(output_dir, True if wanted == AUTO else wanted)
+
+
 def find_checkpoint(output_dir: Path, wanted: bool | Path) -> Checkpoint:
     """The checkpoint that `train.resume_from_checkpoint` names: a path, or True for the newest whole one in `output_dir`.
 
     Warns of each newer one that is not whole; UserError when there is none, or the one named is not whole.
     """
-    if wanted is not True:
-        return open_checkpoint(Path(str(wanted)))
-    folders = numbered(output_dir)
-    for folder in reversed(folders):
-        try:
-            return _open(folder)
-        except NotWhole as problem:
+    return Search(output_dir, wanted).result()
+
+
+class Search:
+    """`find_checkpoint` in a thread that begins here, for checksums take a second for each 2 GB or so: do something else, then ask for the
+    `result`, once."""
+
+    def __init__(self, output_dir: Path, wanted: bool | Path) -> None:
+        self.output_dir, self.wanted = output_dir, wanted
+        self._found: Checkpoint | None = None
+        self._passed_over: list[NotWhole] = []  # told by who asks: a thread's warnings may go astray
+        self._work = Background("checksums")
+        self._work.start(self._search)
+
+    def _search(self) -> None:
+        if self.wanted is not True:
+            self._found = open_checkpoint(Path(str(self.wanted)))
+            return
+        for folder in reversed(numbered(self.output_dir)):
+            try:
+                self._found = _open(folder)
+                return
+            except NotWhole as problem:
+                self._passed_over.append(problem)
+
+    def result(self) -> Checkpoint:
+        self._work.wait()
+        for problem in self._passed_over:
             warnings.warn(f"Passed over: {problem}", stacklevel=2)
-    found = f" ({', '.join(f.name for f in folders)}: none of them is whole)" if folders else f" ({PREFIX}N)"
-    raise UserError(
-        f"{output_dir} holds no checkpoint to go on from{found}. To start anew, drop train.resume_from_checkpoint; "
-        "a run writes checkpoints unless train.save_strategy is no."
-    )
+        if self._found is not None:
+            return self._found
+        names = ", ".join(folder.name for folder in numbered(self.output_dir))
+        found = f" ({names}: none of them is whole)" if names else f" ({PREFIX}N)"
+        raise UserError(
+            f"{self.output_dir} holds no checkpoint to go on from{found}. To start anew, drop train.resume_from_checkpoint; "
+            "a run writes checkpoints unless train.save_strategy is no."
+        )
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -292,7 +329,15 @@ def _others(folder: Path) -> str:
     return f" Others in {folder.parent}: {', '.join(names)}; name one in train.resume_from_checkpoint." if names else ""
 
 
+def save_file(tensors: dict[str, Any], path: Path) -> None:
+    from safetensors.torch import save_file as write
+
+    write(tensors, path)
+
+
 def _load(path: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

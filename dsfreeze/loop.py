@@ -9,7 +9,6 @@ full disk) is compared before anybody acts on it, so that a mistake is an error 
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from dataclasses import asdict
 from functools import partial
@@ -19,8 +18,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dsfreeze.checkpoint import Checkpoint
+from dsfreeze.checkpoint import Checkpoint, Search, seek_start
 from dsfreeze.data import Loader, check_packing, num_steps_of
+from dsfreeze.durations import Durations
 from dsfreeze.engine import Engine, Memory, whereabouts
 from dsfreeze.engine.process import agree, build_engine, process_group, together
 from dsfreeze.engine.ranks import Ranks, is_out_of_memory, read_ranks
@@ -49,18 +49,20 @@ from dsfreeze.stopping import EarlyStopping
 from dsfreeze.trackers import require_trackers
 
 
-def train(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
+def train(recipe: Recipe, console: Console | None = None, *, sought: Search | None = None) -> dict[str, Any]:
     """Run a recipe from start (or checkpoint) to exported model; returns the summary that the record holds.
 
+    `sought` is a search for the checkpoint that has begun (`checkpoint.seek_start`); without one it begins here.
     Raises UserError for a user's mistake, on every rank; Interrupted after a signal, with a checkpoint written.
     """
     console = console or Console(stderr=True)
     with process_group(recipe) as ranks:
         agree(recipe.digest, "the recipe")
         together(lambda: require_trackers(recipe))
+        sought = sought or seek_start(recipe)
         job = together(lambda: prepare_job(recipe))
         run = Run(job, console if ranks.rank == 0 else Console(quiet=True), ranks)
-        return run.start()
+        return run.start(sought)
 
 
 class Run:
@@ -89,17 +91,17 @@ class Run:
         self.writer = CheckpointWriter(job)
         self.step = 0
         self.metrics: dict[str, dict[str, float]] = {}
-        self.seconds: list[float] = []
+        self.durations = Durations()
         self.loss = math.nan
         self.fullest = (0, 0)
         self.before: Memory | None = None
 
     # -- the run -----------------------------------------------------------------------------------------------
 
-    def start(self) -> dict[str, Any]:
+    def start(self, sought: Search | None) -> dict[str, Any]:
         lock = FolderLock(self.job.output_dir, "train.output_dir")
         try:
-            return self._start(find_start(self.job, self.total, self.loader.global_batch_size, lock))
+            return self._start(find_start(self.job, self.total, self.loader.global_batch_size, lock, sought))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -168,7 +170,7 @@ class Run:
             self.writer.wait()
         # from here on a signal acts at once: the last step is saved, and resuming does what is left
         memory = engine.memory()
-        if self.seconds:
+        if self.durations.number:
             self.phases.look(engine, self.step)
         for term in self.terms:
             term.finish(engine)
@@ -202,7 +204,7 @@ class Run:
             self.writer.wait()
             together(self.journal.raise_failure)
         self.step, self.loss = self.step + 1, loss if taken else self.loss
-        self.seconds.append(seconds)
+        self.durations.add(seconds)
         self.prefix.after_step(seconds + self.steps.last_wait)
         memory = engine.memory()
         line = {
@@ -286,7 +288,7 @@ class Run:
 
     def _predicted(self, engine: Engine, memory: Memory) -> dict[str, Any] | None:
         """What the planner says of this run, and a word where the peak was another; None where no step was left to run."""
-        if not self.seconds or self.before is None:
+        if not self.durations.number or self.before is None:
             return None
         predicted = predict(
             self.prefix.as_chosen(),
@@ -303,7 +305,7 @@ class Run:
         return predicted
 
     def _summary(self, engine: Engine, memory: Memory) -> dict[str, Any]:
-        job, steady, selection = self.job, self.seconds[2:] or self.seconds, self.phases.selection
+        job, selection = self.job, self.phases.selection
         peak = max(memory.peak, selection["peak"])
         cost = estimate(
             job.anatomy, job.plan, world_size=engine.world_size, sequence_length=job.recipe.data.max_length,
@@ -314,7 +316,7 @@ class Run:
             "strategy": job.plan.strategy, "plan_digest": job.plan.digest,
             "trainable": cost.trainable, "held": cost.held, "total": cost.total,
             "flops_vs_full": cost.flops_per_token / cost.full_flops_per_token, "full_flops_per_token": cost.full_flops_per_token,
-            "seconds_per_step": statistics.median(steady) if steady else None, "memory": {**asdict(memory), "peak": peak},
+            "seconds_per_step": self.durations.median(warming=2), "memory": {**asdict(memory), "peak": peak},
             "never_moved": list(self.phases.still), "switches": self.phases.switches,
             "seconds_switching": self.phases.seconds_switching, "prefix_cache": self._prefix_summary(engine),
             "selection": {**selection, "peak_after": memory.peak} if selection["decisions"] else None,
@@ -325,7 +327,7 @@ class Run:
         found = self.prefix.summary(engine)
         if found is None:
             return None
-        taken, phase = sum(self.seconds), self.job.plan.phases[-1]
+        taken, phase = self.durations.total, self.job.plan.phases[-1]
         spared = prefix_flops(self.job.anatomy, frozenset(phase.trainable), self.job.recipe.data.max_length)
         return {
             **found, "flops_spared": spared, "seconds_waited": self.steps.waited,

@@ -23,6 +23,8 @@ __all__ = [
 ]  # fmt: skip
 
 OPTIMIZERS = ("adamw_torch",)
+#: The rows that come with dsfreeze.
+BUILTIN = "builtin:nli"
 TASKS = ("classification", "tokens", "causal_lm", "sft", "seq2seq", "preference")
 Task = Literal["classification", "tokens", "causal_lm", "sft", "seq2seq", "preference"]
 
@@ -56,11 +58,11 @@ class ModelOptions(Section):
 class DataOptions(Section):
     """Where examples come from and what their columns mean. A column that is None is recognised by its usual names."""
 
-    train: str | None = "builtin:nli"
+    train: str | None = BUILTIN
     """Hub id (`org/set` or `org/set:config`), folder, or a json, jsonl(.gz), csv, parquet or arrow file; `builtin:nli`
     is generated."""
-    eval: str | None = "builtin:nli"
-    """The same for evaluation; None trains without."""
+    eval: str | None = BUILTIN
+    """The same for evaluation; None trains without, and so does a recipe that names rows of its own to train on and none here."""
     train_split: str = "train"
     """Split of a hub dataset or folder to train on."""
     eval_split: str = "validation"
@@ -99,6 +101,14 @@ class DataOptions(Section):
     first_char, rouge_l, edit_similarity, sari."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
     """Longest generated answer, in tokens, for metrics that generate (all from rouge on)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _built_in_rows_for_themselves(cls, values: Any) -> Any:
+        """A model that trains on other rows would be measured on the built-in ones, of another task."""
+        if isinstance(values, dict) and "eval" not in values and values.get("train", BUILTIN) != BUILTIN:
+            return {**values, "eval": None}
+        return values
 
     @field_validator("text")
     @classmethod

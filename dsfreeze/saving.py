@@ -6,11 +6,11 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dsfreeze import checkpoint as checkpoints
 from dsfreeze.background import Background
-from dsfreeze.checkpoint import Checkpoint
+from dsfreeze.checkpoint import AUTO, Checkpoint, Search
 from dsfreeze.engine import Engine
 from dsfreeze.engine.process import agree, together
 from dsfreeze.engine.ranks import read_ranks
@@ -21,17 +21,16 @@ from dsfreeze.job import Job
 from dsfreeze.recipe_freeze import CACHE_KEYS
 from dsfreeze.record import MODEL, SUMMARY, holds_record, require_free
 
-#: `train.resume_from_checkpoint` of a job that may be started more than once.
-AUTO: Literal["auto"] = "auto"
 
-
-def find_start(job: Job, total_steps: int, global_batch_size: int, lock: FolderLock) -> Checkpoint | None:
+def find_start(
+    job: Job, total_steps: int, global_batch_size: int, lock: FolderLock, sought: Search | None
+) -> Checkpoint | None:
     """The checkpoint to resume from, if any, once everything that this run will write has a place of its own (collective).
 
     UserError, before DeepSpeed sees any of it, when it is of another plan, model or batch, or has nothing left to do;
     when the ranks see different ones; and when the folder holds what is not ours.
     """
-    found = together(lambda: _look_around(job, total_steps, global_batch_size))
+    found = together(lambda: _look_around(job, total_steps, global_batch_size, sought))
     manifest = json.dumps(found.manifest, sort_keys=True) if found else ""
     agree(hashlib.sha256(manifest.encode()).hexdigest(), "the checkpoint to resume from")
     _on_leader(lock.take)
@@ -48,8 +47,8 @@ def resume_step(job: Job, found: Checkpoint | None) -> int | None:
     return 0 if job.recipe.train.resume_from_checkpoint == AUTO and holds_record(job.output_dir) else None
 
 
-def _look_around(job: Job, total_steps: int, global_batch_size: int) -> Checkpoint | None:
-    found = _find_checkpoint(job, total_steps, global_batch_size)
+def _look_around(job: Job, total_steps: int, global_batch_size: int, sought: Search | None) -> Checkpoint | None:
+    found = None if sought is None else _checked(sought.result(), job, total_steps, global_batch_size)
     require_free(job.output_dir, job.plan, resume_step=resume_step(job, found))
     if job.recipe.train.export:
         require_writable(job.output_dir / MODEL)
@@ -61,12 +60,8 @@ def _on_leader(write: Callable[[], object]) -> None:
     together(write if read_ranks().rank == 0 else lambda: None)
 
 
-def _find_checkpoint(job: Job, total_steps: int, global_batch_size: int) -> Checkpoint | None:
-    wanted = job.recipe.train.resume_from_checkpoint
-    if not wanted or (wanted == AUTO and not checkpoints.list_checkpoints(job.output_dir)):
-        return None
-    wanted = True if wanted == AUTO else wanted
-    found = checkpoints.find_checkpoint(job.output_dir, wanted)
+def _checked(found: Checkpoint, job: Job, total_steps: int, global_batch_size: int) -> Checkpoint:
+    """The checkpoint, or a UserError where this run cannot go on from it."""
     checkpoints.require_same(found, job.plan, job.base)
     _require_same_batch(job, found.trainer_state["global_batch_size"], global_batch_size)
     _require_same_rules(job, found.trainer_state)

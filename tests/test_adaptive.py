@@ -433,7 +433,9 @@ def test_blockllm_remembers_losses_and_rounds():
     chosen = run("blockllm", anatomies.llama(depth=1), switch_every=1, patience=3, sparsity=0.5)
     names = {t.name for t in chosen.anatomy.blocks[0].tensors}
     for losses in ((4.0,), (1.0,), (1.0,)):
-        chosen.decide(Evidence(chosen.plan.decide_at, losses, gradients=dict.fromkeys(names, Gradient(1.0, 1.0, 1.0, 1))))
+        chosen.decide(
+            Evidence(chosen.plan.decide_at, losses, gradients=dict.fromkeys(names, Gradient(1.0, 1.0, 1.0, 1)))
+        )
         assert chosen.memory["rounds"] == 1
     assert (chosen.memory["total"], chosen.memory["number"], chosen.memory["latest"]) == (6.0, 3, [4.0, 1.0, 1.0])
     first = chosen.trained & names

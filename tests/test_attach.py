@@ -28,6 +28,7 @@ from attach_kit import (
     run_torch,
     worst,
 )  # fmt: skip
+from marks import some_fast
 from safetensors.torch import load_file
 from tiny import llama_anatomy, tiny_llama
 from torch.utils.flop_counter import FlopCounterMode
@@ -87,7 +88,7 @@ def test_state_exists_for_what_trains_now(tmp_path):
     assert set(trainer.optimizer.state) == {named[n] for n in plan.phase_at(STEPS).trainable}
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup", "reduce_lr_on_plateau"])
+@pytest.mark.parametrize("kind", some_fast(["linear", "cosine", "constant_with_warmup", "reduce_lr_on_plateau"]))
 def test_every_group_has_the_schedulers_rate(kind, tmp_path):
     options = {"lr_scheduler_type": kind, "eval_strategy": "steps", "eval_steps": 2}
     trainer, watch, _ = attached(tmp_path / "a", rotating, **options)
@@ -191,7 +192,7 @@ def test_gradient_checkpointing_changes_no_weight(tmp_path):
 
 
 @pytest.mark.parametrize("rule", ["keep", "clear", "offload"])
-@pytest.mark.parametrize("stop", [3, 5, 6])
+@pytest.mark.parametrize("stop", some_fast([5, 3, 6]))
 def test_resume_equals_the_uninterrupted_run(stop, rule, tmp_path):
     """In the middle of the second phase, and at both of its ends."""
     make = lambda m: plan_of(m, ("layers.3", "head"), ("layers.1", "head"), ("layers.3",), state=rule)  # noqa: E731
@@ -443,7 +444,7 @@ def trl_plan(model):
     return plan_of(model, *((f"layers.{n}",) for n in (2, 0, 3, 1)), every=2)
 
 
-@pytest.mark.parametrize("name", ["SFT", "DPO"])
+@pytest.mark.parametrize("name", some_fast(["SFT", "DPO"]))
 def test_trl_moves_every_scheduled_layer_and_resumes(name, tmp_path):
     """LISA under peers moves only the layers drawn first (peers.md, row 4); gradient checkpointing is TRL's default."""
     seen, runs = [], []

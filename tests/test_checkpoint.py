@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from threading import Event
 
 import pytest
 import torch
@@ -42,6 +43,27 @@ def test_round_trip_is_bit_identical(tmp_path):
         assert all(torch.equal(back[name][kind], value) for kind, value in entry.items())
     assert found.step == 10
     assert found.trainer_state == {"global_step": 10, "loader": {"epoch": 1}}
+
+
+def test_a_search_goes_on_beside_its_caller(tmp_path, monkeypatch):
+    """Oracle: the newest is looked at before anybody asks, and told of by who asks: a thread's warning would be nobody's."""
+    write(tmp_path, 1)
+    (write(tmp_path, 2) / "weights.safetensors").write_bytes(b"cut short")
+    looked, real = Event(), checkpoints.sha256_of
+
+    def watched(path):
+        if path.parent.name == "checkpoint-1":
+            looked.set()
+        return real(path)
+
+    monkeypatch.setattr(checkpoints, "sha256_of", watched)
+    search = checkpoints.Search(tmp_path, True)
+    assert looked.wait(10)
+    with pytest.warns(UserWarning, match="Passed over: .*checkpoint-2"):
+        assert search.result().step == 1
+    missing = checkpoints.Search(tmp_path, tmp_path / "checkpoint-7")
+    with pytest.raises(UserError, match=r"no manifest\.json"):
+        missing.result()
 
 
 def test_newest_is_found_by_number_not_by_letters(tmp_path):

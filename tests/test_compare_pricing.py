@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from marks import some_fast
 
 from dsfreeze.cli.known import anatomy_of
 from dsfreeze.compare.pricing import Match, Prices
@@ -48,7 +49,7 @@ def test_parameters_match_as_nearly_as_a_rank_can(prices: Prices, other: dict[st
     assert adapter.alpha / adapter.r == 2  # the default's scale
 
 
-@pytest.mark.parametrize("other", [{"strategy": "full"}, {"strategy": "top", "fraction": 0.5}])
+@pytest.mark.parametrize("other", some_fast([{"strategy": "full"}, {"strategy": "top", "fraction": 0.5}]))
 def test_memory_matches_from_below(prices: Prices, other: dict[str, Any]) -> None:
     limit = prices.peak(recipe(**other))
     one = match(prices, "memory", recipe(**other), adapter={"r": 4, "alpha": 4})

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from continual_kit import LABELS, TRAIN, rows_of, sequence, task_of, write_lines
+from marks import some_fast
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -89,7 +90,7 @@ class Killed(BaseException):
     """Nobody catches it, as nobody catches SIGKILL."""
 
 
-@pytest.mark.parametrize("when", ["first step", "second step", "evaluation"])
+@pytest.mark.parametrize("when", some_fast(["second step", "first step", "evaluation"]))
 def test_a_killed_sequence_goes_on_to_the_same_matrix(tmp_path: Path, monkeypatch: Any, when: str) -> None:
     """Killed in round 3: before its first checkpoint, after it, and after its training."""
     expected = run(sequence(tmp_path, train={"save_steps": 1}), f"output_dir={tmp_path / 'whole'}")

@@ -14,7 +14,7 @@ import dsfreeze
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "deepspeed", "datasets", "peft", "numpy", "sklearn", "tensorboard", "wandb")
 CORE = (
-    "dsfreeze", "dsfreeze.errors", "dsfreeze.files", "dsfreeze.folder_lock", "dsfreeze.background", "dsfreeze.recipe", "dsfreeze.recipe_section", "dsfreeze.recipe_freeze", "dsfreeze.recipe_preference", "dsfreeze.recipe_retain",
+    "dsfreeze", "dsfreeze.errors", "dsfreeze.files", "dsfreeze.folder_lock", "dsfreeze.background", "dsfreeze.durations", "dsfreeze.checkpoint", "dsfreeze.recipe", "dsfreeze.recipe_section", "dsfreeze.recipe_freeze", "dsfreeze.recipe_preference", "dsfreeze.recipe_retain",
     "dsfreeze.recipe_yaml", "dsfreeze.recipe_reader", "dsfreeze.recipe_reference", "dsfreeze.zero_config", "dsfreeze.anatomy", "dsfreeze.fused", "dsfreeze.activations", "dsfreeze.shapes", "dsfreeze.plan", "dsfreeze.record",
     "dsfreeze.strategies", "dsfreeze.strategies.adaptive", "dsfreeze.strategies.mask_file", "dsfreeze.budget", "dsfreeze.ranking", "dsfreeze.setting", "dsfreeze.hardware", "dsfreeze.estimate", "dsfreeze.estimate.communication", "dsfreeze.estimate.buffers", "dsfreeze.estimate.price", "dsfreeze.estimate.caching", "dsfreeze.planner.study", "dsfreeze.planner.caching", "dsfreeze.picture",
     "dsfreeze.trackers", "dsfreeze.tables", "dsfreeze.quickstart", "dsfreeze.supervise", "dsfreeze.interrupt", "dsfreeze.journal", "dsfreeze.cli", "dsfreeze.section_reader", "dsfreeze.text_metrics",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from marks import some_fast
 from rich.console import Console
 from tiny_runs import llama_folder, tiny_recipe
 
@@ -75,7 +76,7 @@ class TestPeak:
         )
         assert self.predicted(tmp_path, 5000)["peak"] == 1000 + cost.at(0, 1).peaks.most
 
-    @pytest.mark.parametrize(("evict", "stage"), [(False, 0), (True, 0), (False, 3)])
+    @pytest.mark.parametrize(("evict", "stage"), some_fast([(False, 0), (True, 0), (False, 3)], 2))
     def test_with_a_prefix_cache(self, tmp_path, evict, stage):
         """Oracle: the price itself: of a run that keeps its prefix the larger of a step that fills (at stage 3, where the prefix is
         gathered) and one that reads; of one that evicts it the reading step's. On a CPU, what the cache holds in memory on top."""

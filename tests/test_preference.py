@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from marks import some_fast
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -344,7 +345,7 @@ def test_log_probabilities_that_are_not_finite_stop_the_run(tmp_path: Path) -> N
 # -- beside the loop -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tier", "evict"), [("memory", False), ("disk", True)])
+@pytest.mark.parametrize(("tier", "evict"), some_fast([("memory", False), ("disk", True)]))
 def test_a_prefix_cache_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tier: str, evict: bool
 ) -> None:

@@ -53,6 +53,7 @@ def test_no_room_is_an_error_before_the_first_step(tmp_path, monkeypatch):
     assert not (tmp_path / "disk" / "steps.jsonl").exists() or not losses(tmp_path / "disk")
 
 
+@pytest.mark.slow
 def test_a_disk_that_the_cache_itself_filled_has_room_for_it(tmp_path, monkeypatch, plain):
     told_by(tmp_path)
     monkeypatch.setattr("dsfreeze.prefix.choice.free_disk", lambda *_: 100)

@@ -125,6 +125,22 @@ def test_overrides_take_plain_texts_whole_and_brackets_as_yaml(word, key, value)
         assert freeze.strategy == "patterns"
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], ("builtin:nli", "builtin:nli")),
+        (["data.train=mine.jsonl"], ("mine.jsonl", None)),
+        (["data.train=mine.jsonl", "data.eval=builtin:nli"], ("mine.jsonl", "builtin:nli")),
+        (["data.train=null"], (None, None)),
+        (["data.train=builtin:nli"], ("builtin:nli", "builtin:nli")),
+    ],
+)  # fmt: skip
+def test_rows_of_ones_own_are_not_measured_on_the_built_in_ones(words, expected):
+    """Oracle: by hand; a run that names what it trains on alone would report an accuracy on another task's rows."""
+    data = load_recipe(None, ["model=m", *words]).data
+    assert (data.train, data.eval) == expected
+
+
 def test_a_prefix_keeps_its_last_blank():
     recipe = load_recipe(None, ["model=m", "task=seq2seq", "data.prefix=translate English to German: "])
     assert recipe.data.prefix == "translate English to German: "

@@ -104,6 +104,7 @@ def test_the_page_fits_and_fetches_nothing(page: Path, tmp_path: Path, size: tup
     assert told["text"] >= 8, "text of figures can be read"
 
 
+@pytest.mark.slow
 def test_the_dark_page_has_light_ink(page: Path, tmp_path: Path) -> None:
     """Oracle: the colour that the browser gives to a figure's text, in either scheme."""
     light = measured(page, tmp_path, DESK)["ink"]
@@ -111,6 +112,7 @@ def test_the_dark_page_has_light_ink(page: Path, tmp_path: Path) -> None:
     assert (light, dark) == ("rgb(27, 31, 36)", "rgb(232, 234, 237)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [DESK, PHONE])
 def test_the_screenshot_shows_the_page(page: Path, tmp_path: Path, size: tuple[int, int]) -> None:
     """Oracle: pixels: mostly paper, some ink, and the blue of bars; the page itself, its policy in force."""

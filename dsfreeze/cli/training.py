@@ -25,9 +25,12 @@ def train(
     recipe = read_words(words)
     if print_config:
         return _print_config(recipe, as_json)
+    from dsfreeze.checkpoint import seek_start
+
+    sought = seek_start(recipe)  # its checksums are made while the libraries load
     from dsfreeze.loop import train as train_recipe
 
-    summary = train_recipe(recipe, Console(stderr=True))
+    summary = train_recipe(recipe, Console(stderr=True), sought=sought)
     if as_json:
         print_json(summary)
     else:

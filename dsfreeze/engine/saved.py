@@ -94,8 +94,9 @@ class Saved(Measured):
         # fused Adam keeps its step counts on the tensors' device
         entry["step"] = torch.tensor(step, dtype=torch.float32, device=flat.tensor.device)
         for kind in MOMENTS:
-            entry[kind] = torch.zeros_like(flat.tensor, requires_grad=False)
-            self._write(entry[kind], flat, {n: e[kind].float() for n, e in entries.items()})
+            entry[kind] = (
+                flat.cut({n: e[kind].float() for n, e in entries.items()}).view(flat.tensor.shape).to(flat.tensor)
+            )
 
     @staticmethod
     def _write(target: torch.Tensor, flat: Flat, full: Mapping[str, torch.Tensor]) -> None:

@@ -10,8 +10,7 @@ rank. `read` alone runs in the read-ahead thread too.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,6 +21,7 @@ import torch
 from rich.console import Console
 
 from dsfreeze.data.examples import Batch
+from dsfreeze.durations import Durations
 from dsfreeze.engine import Engine
 from dsfreeze.engine.process import everyones
 from dsfreeze.engine.ranks import Ranks
@@ -83,8 +83,8 @@ class Tally:
 class Times:
     """Seconds of the steps that read all of their states, and of the others."""
 
-    cached: list[float] = field(default_factory=list)
-    computed: list[float] = field(default_factory=list)
+    cached: Durations = field(default_factory=Durations)
+    computed: Durations = field(default_factory=Durations)
 
 
 class PrefixCache:
@@ -106,7 +106,7 @@ class PrefixCache:
         self._phase: Phase | None = None
         self._passable: set[int] = set()
         self._missed = False
-        self._told: dict[str, None] = {}
+        self._told: dict[str, str] = {}
 
     # -- phases ------------------------------------------------------------------------------------------------
 
@@ -151,7 +151,8 @@ class PrefixCache:
         choice = choose_tier(
             self.job, self.ranks, stretch, self.steps_per_epoch, self._tokens(), there, first=not self.reason
         )
-        self._tell(f"prefix cache: {choice.reason}")
+        # its figures change with the steps that are left; said for each of them it would be said at every turn of a plan that rotates
+        self._tell(f"prefix cache: {choice.reason}", once_for=f"{stretch.cut} {choice.tier}")
         if choice.tier == "off":
             self.reason = self.reason or choice.reason
             return None
@@ -285,7 +286,7 @@ class PrefixCache:
     def after_step(self, seconds: float) -> None:
         """A step has taken so long."""
         if self.view.cut:
-            (self.times.computed if self._missed else self.times.cached).append(seconds)
+            (self.times.computed if self._missed else self.times.cached).add(seconds)
         self._missed = False
 
     def share(self, engine: Engine) -> None:
@@ -309,9 +310,10 @@ class PrefixCache:
                 "prefix cache: some states are too large for freeze.prefix_cache_dtype; their examples are computed every time"
             )
 
-    def _tell(self, sentence: str) -> None:
-        if sentence not in self._told:
-            self._told[sentence] = None
+    def _tell(self, sentence: str, *, once_for: str = "") -> None:
+        """Say a sentence that was not said yet, or none for what `once_for` names."""
+        if (once_for or sentence) not in self._told:
+            self._told[once_for or sentence] = sentence
             self.console.print(sentence, highlight=False)
 
     def summary(self, engine: Engine) -> Mapping[str, Any] | None:
@@ -329,9 +331,9 @@ class PrefixCache:
             "where": top.where if top else None,
             **{name: int(total) for name, total in zip(counts, totals, strict=True)},
             "bytes": sum(level.store.nbytes for level in self.holdings.levels),
-            "seconds_per_cached_step": _median(self.times.cached),
-            "seconds_per_computed_step": _median(self.times.computed),
-            "told": list(self._told),
+            "seconds_per_cached_step": self.times.cached.median(),
+            "seconds_per_computed_step": self.times.computed.median(),
+            "told": list(self._told.values()),
             "evicted_bytes": self._evicted_bytes(),
         }  # fmt: skip
 
@@ -361,7 +363,3 @@ def _no_weights(name: str) -> torch.Tensor:
 
 def _trained_before(plan: FreezePlan, step: int) -> set[str]:
     return {name for phase in plan.phases if phase.first_step < step for name in phase.trainable}
-
-
-def _median(seconds: Sequence[float]) -> float | None:
-    return statistics.median(seconds) if seconds else None

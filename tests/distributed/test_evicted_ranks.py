@@ -75,6 +75,7 @@ def fill_together(text: str, folder: str) -> tuple[int, int, int, str]:
         return computed, everyones, found, ""
 
 
+@pytest.mark.slow
 def test_ranks_fill_one_store(tmp_path: Path) -> None:
     """Each computes a part and sees all; a store that lacks examples after all is an error on every rank."""
     recipe = evicted(changed(tiny_recipe(tmp_path), zero="zero2"))

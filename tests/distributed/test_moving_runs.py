@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 from forks import run_ranks
+from marks import some_fast
 from safetensors.torch import load_file
 from test_train import losses, train, train_all, values
 from tiny_runs import tiny_recipe
@@ -43,7 +44,7 @@ def test_every_stage_has_the_losses_of_the_local_engine(tmp_path, plan):
         assert summary["switches"] == golden["switches"] > 0
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("bf16", some_fast([True, False]), ids=["bf16", "fp32"])
 @pytest.mark.parametrize("plan", ["lisa", "badam", "hift"])
 def test_resuming_at_any_step_changes_nothing(tmp_path, plan, bf16):
     """Bit for bit, in the middle of a phase and at its boundaries; bf16 shows that parked masters are saved."""

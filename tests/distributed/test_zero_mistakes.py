@@ -77,6 +77,7 @@ def die(rank_that_fails):
         train_steps(engine, 0, 100)
 
 
+@pytest.mark.slow
 def test_one_rank_that_fails_ends_the_others():
     """Oracle: nothing hangs: the other rank notices the closed connection."""
     outcomes = outcomes_of(die, 1, timeout=40)
