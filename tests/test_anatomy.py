@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from architectures import EXPECTED, LAYERS, VOCAB, D
+from marks import some_fast
 from public_models import PUBLIC, meta_module
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -252,7 +253,7 @@ def test_nothing_else_is_shipped() -> None:
     assert set(shipped()) == set(PUBLIC)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", some_fast(PUBLIC, 10))
 @pytest.mark.parametrize(
     ("task", "auto"),
     [("classification", AutoModelForSequenceClassification), ("tokens", AutoModelForTokenClassification)],

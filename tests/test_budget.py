@@ -18,6 +18,7 @@ from time import process_time
 
 import anatomies
 import pytest
+from marks import some_fast
 
 from dsfreeze.anatomy import Anatomy, load_shipped
 from dsfreeze.budget import NO_LIMIT, Item, best_choice, parse_limit
@@ -273,7 +274,7 @@ def prices_of_layers(name: str) -> dict[frozenset[str], Estimate]:
 
 
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", some_fast(MODELS, 2))
 def test_no_other_set_of_layers_brings_more_within_the_limits(name, limits, options):
     """Oracle: every set of layers (63 of six), each as a plan of its own, priced by `estimate`."""
     anatomy, prices = MODELS[name], prices_of_layers(name)
@@ -330,7 +331,7 @@ def plan_or_none(anatomy: Anatomy, given: FreezeOptions, setting: Setting) -> Fr
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-@pytest.mark.parametrize("granularity", ["layer", "matrix"])
+@pytest.mark.parametrize("granularity", some_fast(["layer", "matrix"]))
 def test_plans_keep_their_limits_wherever_they_run(granularity, setting, options):
     """Oracle: `estimate` of the plan and of full tuning, in that setting; where there is no plan, of every unit alone."""
     scores = random_scores(MINILM)

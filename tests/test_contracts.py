@@ -215,7 +215,7 @@ def of_each_kind() -> list[str]:
     return sorted(first.values())
 
 
-@pytest.mark.parametrize("name", some_fast(of_each_kind(), 4))
+@pytest.mark.parametrize("name", some_fast(of_each_kind(), 2))
 def test_shipped_anatomies_take_every_strategy(name):
     """Oracle: the same promises, on the real shapes."""
     take(load_shipped(name), sorted(set(STRATEGIES) - {*NEEDS_SCORES, "patterns", "step_ranges"}))

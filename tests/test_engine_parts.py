@@ -118,6 +118,7 @@ class TestRanks:
             assert ranks.world_size == 1
             assert not torch.distributed.is_initialized()
 
+    @pytest.mark.slow
     def test_a_rank_that_meets_nobody_says_where_it_waited(self, monkeypatch):
         """At a port where nobody listens."""
         second = {

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from evicted_kit import changed, evicted, losses, rows_of, shelf, tensors_of
+from marks import some_fast
 from tiny_runs import byte_tokenizer, t5_folder, tiny_recipe
 from transformers import AutoModel, BertConfig, GPT2Config, GPTNeoXConfig
 
@@ -48,7 +49,7 @@ def recipe_of(folder: Path, name: str = "llama", **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("adapter", [None, {"kind": "lora", "r": 2}])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "bert"])
+@pytest.mark.parametrize("name", some_fast(["gpt2", "llama", "gpt_neox", "bert"]))
 def test_losses_and_export_are_those_of_the_whole_model(tmp_path: Path, name: str, adapter: Any) -> None:
     """Dropout included: the suffix draws the numbers that it draws behind a prefix."""
     recipe = recipe_of(tmp_path, name, freeze={"strategy": "bottom", "fraction": 0.5, "adapter": adapter})

@@ -512,6 +512,67 @@ def test_the_true_fraction_is_told(name, level, embed):
     assert f"{cost.trainable:,} of the model's {anatomy.numel:,} ({cost.percent:.2f} %)" in told
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            {},
+            (
+                "round 0 trains a draw by seed 42",
+                "attention 2 of 4 in 4 layers, norms 1 of 2 in 4 layers, feed-forward 1 of 3 in 2 layers, feed-forward 2 of 3 in 2 layers",
+            ),
+        ),
+        ({"round": 3, "masks": "same"}, ("round 3 trains round 0's draw by seed 42",)),
+        ({"round": 2, "masks": "complement"}, ("round 2 trains a draw by seed 42",)),
+        ({"round": 3, "masks": "complement"}, ("round 3 trains what round 2 froze, which trained a draw by seed 42",)),
+        ({"level": "layer", "fraction": 0.25}, ("layers 3 of 4",)),
+        ({"level": "model"}, ("matrices 14 of 28, norms 4 of 8",)),
+        ({"level": "element", "fraction": 0.25}, ("0.75 of the elements of each of 36 tensors",)),
+        (
+            {"level": "element", "fraction": 0.25, "masks": "complement", "round": 1},
+            ("0.25 of the elements of each of 36 tensors",),
+        ),
+    ],
+)
+def test_what_is_told_of_the_draw(options, told):
+    """Oracle: by hand, 4 layers of 4 + 3 matrices and 2 norms."""
+    notes = plan_of(anatomies.llama(depth=4), **options).notes
+    assert set(told) <= set(notes)
+    assert not any("neither" in note for note in notes), "there is no router to tell of"
+
+
+@pytest.mark.parametrize(
+    ("level", "told"),
+    [
+        ("category", "attention 2 of 4 in 94 layers, feed-forward 1 of 2 in 94 layers, norms 2 of 4 in 94 layers"),
+        ("element", "0.5 of the elements of each of 940 tensors"),
+        ("layer", "layers 47 of 94"),
+    ],
+)
+def test_what_is_told_of_routers(level, told):
+    """Oracle: by hand, 94 layers with a router each, which a drawn layer takes along."""
+    notes = plan_of(load_shipped("qwen3-235b-a22b"), level=level).notes
+    routers = "94 tensors of the layers that are neither (routers and the like) train"
+    assert told in notes
+    assert (routers in notes) == (level != "layer")
+
+
+def test_scores_of_another_model_are_refused(tmp_path):
+    anatomy = anatomies.llama(depth=4)
+    path = tmp_path / "scores.json"
+    scores = {tensor.name: 1.0 for tensor in anatomy.block_tensors}
+    path.write_text(json.dumps({"scores": scores, "model": {"name": "other", "layers": 4, "digest": "0" * 64}}))
+    with pytest.raises(UserError, match="was made for other with 4 layers"):
+        plan_of(anatomy, scores=path)
+    path.write_text(json.dumps({"scores": scores}))
+    assert "round 0 trains the highest scores of scores.json" in plan_of(anatomy, scores=path).notes
+    path.write_text(json.dumps({"scores": {}, "all": {"fisher": {"scores": scores}}}))
+    assert (
+        "round 0 trains the highest scores of scores.json (fisher)"
+        in plan_of(anatomy, scores=path, score="fisher").notes
+    )
+
+
 def test_masks_are_priced_whole():
     """Oracle: bytes by hand of whole tensors; elements that train; FLOPs of the same set without masks. Both are shown."""
     anatomy = SMALL["phi3-grouped"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from marks import some_fast
 from tiny import examples, llama_anatomy, micro_batches, phase_of, recipe_of, tiny_llama, train_steps
 
 from dsfreeze.engine.local import LocalEngine
@@ -95,7 +96,7 @@ def test_bytes_in_every_phase_are_the_plan_s(rule, bf16):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("bf16", some_fast([True, False]), ids=["bf16", "fp32"])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_state_comes_back_at_any_step(rule, bf16):
     """Oracle: the uninterrupted run, to the bit; parked masters and moments are in the state."""

@@ -14,7 +14,7 @@ from random import Random
 import anatomies
 import pytest
 
-from dsfreeze.anatomy import Anatomy
+from dsfreeze.anatomy import Anatomy, load_shipped
 from dsfreeze.errors import UserError
 from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import FREEZE_KEYS, FreezeOptions, Strategy
@@ -329,6 +329,19 @@ class TestRanked:
 def test_a_head_that_cannot_train_alone(anatomy, options, told):
     with pytest.raises(UserError, match=re.escape(told)):
         plan_of(anatomy, **options)
+
+
+def test_packed_experts_take_no_adapter():
+    """Oracle: by hand: 94 layers, each with gate and up in one tensor and down in another, three axes each."""
+    experts = load_shipped("qwen3-235b-a22b")
+    told = "188 packed expert tensors take no adapter and stay frozen"
+    plan = plan_of(experts, strategy="lora", adapter={"categories": ["q", "gate", "up", "down"]})
+    assert told in plan.notes
+    assert {name.split(".")[-2] for name in plan.adapter.targets} == {"q_proj"}
+    assert told not in plan_of(experts, strategy="lora", adapter={"categories": ["q"]}).notes
+    message = "has no matrix to sit on: none of the categories gate, up is among what this choice of layers trains."
+    with pytest.raises(UserError, match=message):
+        plan_of(experts, strategy="lora", adapter={"categories": ["gate", "up"]})
 
 
 def test_scores_of_another_model_are_refused(tmp_path):

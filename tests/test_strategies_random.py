@@ -15,6 +15,7 @@ import anatomies
 import pytest
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
+from marks import some_fast
 from pydantic import ValidationError
 
 from dsfreeze.anatomy import Anatomy
@@ -124,7 +125,7 @@ def check(anatomy: Anatomy, plan: FreezePlan, num_steps: int | None) -> None:
         assert 0 < mask.trained < anatomy.by_name[mask.tensor].numel
 
 
-@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize("strategy", some_fast(sorted(STRATEGIES), 12))
 @SETTINGS
 @given(data=st.data(), anatomy=models(), num_steps=st.none() | st.integers(1, 60))
 def test_a_plan_or_an_error_of_ours(strategy: str, data: Any, anatomy: Anatomy, num_steps: int | None) -> None:

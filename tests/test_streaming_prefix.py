@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from evicted_kit import shelf, states_in
+from marks import some_fast
 from test_parts import SINGLE_STACK, load, saved
 from tiny_runs import llama_folder
 from transformers import PreTrainedModel
@@ -130,7 +131,7 @@ def test_suffix_on_streamed_states_is_the_whole_model(tmp_path: Path, name: str,
     ]
 
 
-@pytest.mark.parametrize("name", SINGLE_STACK)
+@pytest.mark.parametrize("name", some_fast(SINGLE_STACK, 5))
 def test_digests_are_those_of_the_whole_model(tmp_path: Path, name: str) -> None:
     suffix = Suffix(saved(tmp_path, name))
     args = (suffix.load, suffix.module(), suffix.outline, suffix.anatomy, suffix.eviction)

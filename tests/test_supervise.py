@@ -100,6 +100,7 @@ def test_the_third_signal_leaves_nobody(start, tmp_path):
     assert left_of(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_where_the_launcher_is_killed_the_training_is_waited_for(start, tmp_path):
     """A batch system signals every process. Oracle: "saved" is there when we end, and the code is the shell's."""
     process = start("deepspeed.launcher.runner")

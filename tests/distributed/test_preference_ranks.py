@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from forks import run_ranks
+from marks import some_fast
 from safetensors.numpy import load_file
 from test_train import losses, train, values
 from tiny_runs import preference_recipe
@@ -29,7 +30,7 @@ def go_on(raw: dict, folder: str) -> tuple[dict, dict, list[int]]:
             BaseEngine.no_grad_forward = real
 
 
-@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+@pytest.mark.parametrize("zero", some_fast(["zero2", "zero3"]))
 def test_two_ranks_have_the_losses_of_the_local_engine(tmp_path, zero):
     """21 pairs in batches of 4: at an epoch's end one rank has a filler. The reference is shared, is that of one process to the last
     bit, and is not measured again by a run that goes on."""

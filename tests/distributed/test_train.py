@@ -74,6 +74,7 @@ def test_every_stage_has_the_losses_of_the_local_engine(tmp_path, freeze):
         )  # the same bits, not only the same number
 
 
+@pytest.mark.slow
 def test_a_checkpoint_continues_at_another_stage_and_world_size(tmp_path):
     """Oracle: the uninterrupted local run on the same global batch."""
     recipe = tiny_recipe(tmp_path, train={"max_steps": 12, "save_strategy": "steps", "save_steps": 4})

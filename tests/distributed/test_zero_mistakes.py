@@ -94,6 +94,7 @@ def misbehave():
     time.sleep(60)
 
 
+@pytest.mark.slow
 def test_the_runner_reports_deaths_and_hangs():
     with pytest.raises(RanksFailed) as caught:
         run_ranks(misbehave, timeout=4)
