@@ -217,6 +217,19 @@ def test_a_complement_of_elements_is_every_other_element(fraction):
     assert even.digest == plan_of(anatomy, round=2, level="element", fraction=fraction).digest
 
 
+def test_a_complement_trains_whole_what_kept_no_element():
+    """Oracle: by hand: a quarter of a norm's 2 elements is none; the round after trains what was frozen, both."""
+    anatomy = anatomies.llama(depth=2, d=2)
+    options = {"level": "element", "masks": "complement", "fraction": 0.75}
+    even, odd = (plan_of(anatomy, round=number, **options) for number in (0, 1))
+    norms = {t.name for t in anatomy.block_tensors if t.category == "norm"}
+    assert norms
+    assert {t.numel for t in anatomy.block_tensors if t.name in norms} == {2}
+    assert norms.isdisjoint(even.phases[0].trainable)
+    assert norms <= set(odd.phases[0].trainable)
+    assert norms.isdisjoint(odd.held_back)
+
+
 def test_rounds():
     """Oracle: equal and unequal digests, by the words of the recipe's reference."""
     anatomy = SMALL["deep"]

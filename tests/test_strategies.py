@@ -331,6 +331,16 @@ def test_a_head_that_cannot_train_alone(anatomy, options, told):
         plan_of(anatomy, **options)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_the_kind_of_adapter_is_the_strategys(kind):
+    assert plan_of(anatomies.llama(), strategy=kind).adapter.kind == kind
+
+
+def test_above_one_half_an_offset_counts_for_what_trains():
+    """Oracle: by hand: of twelve, every fourth from the second trains, 1, 5 and 9."""
+    assert frozen_layers(DEEP, strategy="interval", fraction=0.75, offset=1) == set(range(12)) - {1, 5, 9}
+
+
 def test_packed_experts_take_no_adapter():
     """Oracle: by hand: 94 layers, each with gate and up in one tensor and down in another, three axes each."""
     experts = load_shipped("qwen3-235b-a22b")
