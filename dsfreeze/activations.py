@@ -31,6 +31,7 @@ from typing import Any
 
 from dsfreeze.anatomy import Anatomy, Tensor, head_task
 from dsfreeze.errors import UserError
+from dsfreeze.files import parse_json
 
 #: Bytes as a polynomial in positions s and tokens T of a micro-batch: coefficients of 1, s, s^2, T and T s.
 Size = tuple[int, int, int, int, int]
@@ -123,8 +124,8 @@ class Activations:
     def from_json(cls, text: str) -> Activations:
         """Read `to_json`'s form; UserError when it is not one."""
         try:
-            raw = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            raw = parse_json(text)
+        except ValueError as error:
             raise UserError(f"Not a profile of activations: {error}.") from None
         return cls.from_plain(raw)
 

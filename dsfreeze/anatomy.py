@@ -17,6 +17,7 @@ from math import prod
 from pathlib import Path
 
 from dsfreeze.errors import UserError, did_you_mean
+from dsfreeze.files import parse_json
 
 CATEGORIES = (
     "q", "k", "v", "o", "up", "gate", "down", "norm", "bias", "embed", "head", "other",
@@ -284,7 +285,7 @@ class Anatomy:
     def from_json(cls, text: str) -> Anatomy:
         """Read `to_json`'s form; UserError when it is not one."""
         try:
-            raw = json.loads(text)
+            raw = parse_json(text)
             layers = tuple(layer for row in raw.pop("layers") for layer in _expand(row))
             return cls(layers=layers, notes=tuple(raw.pop("notes", ())), **raw)
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:

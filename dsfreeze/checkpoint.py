@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 
 from dsfreeze.background import Background
 from dsfreeze.errors import UserError
-from dsfreeze.files import sha256_of
+from dsfreeze.files import parse_json, sha256_of
 from dsfreeze.plan import FreezePlan
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Checkpoint:
 
     @property
     def trainer_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = json.loads((self.folder / TRAINER).read_text(encoding="utf-8"))
+        state: dict[str, Any] = parse_json((self.folder / TRAINER).read_text(encoding="utf-8"))
         return state
 
     def state(self) -> dict[str, TensorState]:
@@ -186,7 +186,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def _open(folder: Path) -> Checkpoint:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
         step, digests = int(manifest["step"]), dict(manifest["sha256"])
         if manifest["format_version"] != FORMAT_VERSION:
             raise UserError(f"{folder} has format {manifest['format_version']}; this version reads {FORMAT_VERSION}.")

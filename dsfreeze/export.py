@@ -27,7 +27,7 @@ from dsfreeze.adapters import add_adapters, merge_adapters
 from dsfreeze.anatomy_reader import read_anatomy
 from dsfreeze.engine.process import import_deepspeed
 from dsfreeze.errors import UserError, did_you_mean
-from dsfreeze.files import sha256_of
+from dsfreeze.files import parse_json, sha256_of
 from dsfreeze.model import base_hash, load_model, load_tokenizer
 from dsfreeze.model_card import model_card, public_name
 from dsfreeze.plan import FreezePlan
@@ -237,7 +237,7 @@ def _swap(aside: Path, folder: Path) -> None:
 
 def _read_delta(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
         version, digest = manifest["format_version"], manifest["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no delta: {MANIFEST} cannot be read ({error}). Write one with --delta.") from None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from dsfreeze.errors import did_you_mean
 
@@ -24,6 +26,14 @@ def write_whole(path: Path, text: str) -> None:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
         raise
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """`json.loads`, for which a file of nothing but brackets is a RecursionError: here a JSONDecodeError, as every other refusal."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", text if isinstance(text, str) else "", 0) from None
 
 
 def sha256_of(path: Path) -> str:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from dsfreeze.engine.masks import Bits, make_masks
 from dsfreeze.errors import UserError, did_you_mean
 from dsfreeze.export import MERGED, PLAN, written_aside
-from dsfreeze.files import sha256_of
+from dsfreeze.files import parse_json, sha256_of
 from dsfreeze.model import anatomy_of
 from dsfreeze.recipe import Recipe
 from dsfreeze.strategies import make_plan
@@ -199,7 +199,7 @@ def _files(folder: Path) -> list[str]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}.") from None
     return content if isinstance(content, dict) else {}
@@ -241,7 +241,7 @@ def _rewrite(source: Path, target: Path, make: Callable[[str], torch.Tensor]) ->
     with source.open("rb") as file:
         size = file.read(8)
         header = file.read(int.from_bytes(size, "little"))
-    entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+    entries = {name: entry for name, entry in parse_json(header).items() if name != "__metadata__"}
     with target.open("wb") as file:
         file.write(size + header)
         for name in sorted(entries, key=lambda name: entries[name]["data_offsets"]):

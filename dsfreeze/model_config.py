@@ -8,7 +8,6 @@ no code beside it runs.
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from dsfreeze.activations import Activations
 from dsfreeze.anatomy import Anatomy, head_task
 from dsfreeze.anatomy_reader import read_anatomy
 from dsfreeze.errors import UserError, did_you_mean
+from dsfreeze.files import parse_json
 from dsfreeze.model import AUTO_CLASSES, able_tasks, activations_of_config
 from dsfreeze.quiet import quiet_transformers
 
@@ -94,8 +94,8 @@ def config_file(path: Path) -> Path:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"), object_hook=_number_or_object)
-    except (OSError, ValueError, RecursionError) as error:
+        raw = parse_json(file.read_text(encoding="utf-8"), object_hook=_number_or_object)
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} is no JSON file ({error}). Give a model's config.json.") from None
     if not isinstance(raw, dict):
         raise UserError(f"{file} holds no JSON object. Give a model's config.json.")

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from dsfreeze.anatomy import Anatomy, Tensor
 from dsfreeze.errors import UserError
+from dsfreeze.files import parse_json
 
 #: What happens to Adam's state of a tensor that stops training; `refreeze` defines the three.
 StateRule = Literal["keep", "clear", "offload"]
@@ -200,7 +201,7 @@ class FreezePlan:
     def from_json(cls, text: str) -> FreezePlan:
         """Read `to_json`'s form; UserError when it is not one or its digest does not match."""
         try:
-            raw = json.loads(text)
+            raw = parse_json(text)
             digest, sets = raw.pop("digest"), [tuple(map(str, chosen)) for chosen in raw.pop("sets")]
             raw["phases"] = tuple(Phase(first, num, sets[n], lr) for first, num, n, lr in raw["phases"])
             if raw["adapter"] is not None:
@@ -210,7 +211,7 @@ class FreezePlan:
             plan = cls(**raw)
         except UserError:
             raise
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError) as error:
             raise UserError(f"Not a freeze plan: {error}.") from None
         if plan.digest != digest:
             raise UserError("The freeze plan was changed by hand: its digest does not match its phases.")

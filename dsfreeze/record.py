@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from dsfreeze.errors import UserError
+from dsfreeze.files import parse_json
 from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import Recipe
 from dsfreeze.recipe_yaml import dump_yaml, parse_yaml, read_file
@@ -246,8 +247,8 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
         if not line:
             continue
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
+            value = parse_json(line)
+        except ValueError:
             if number == len(lines):
                 return
             raise UserError(f"{path}:{number} is not a line of JSON; remove the line to read the rest.") from None
@@ -263,8 +264,8 @@ def _read_object(path: Path) -> dict[str, Any] | None:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object that a file holds; UserError when it cannot be read or holds none."""
     try:
-        value = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
+        value = parse_json(_read_text(path))
+    except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}.") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object.")

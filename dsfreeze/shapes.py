@@ -20,7 +20,7 @@ from dsfreeze.activations import Activations
 from dsfreeze.anatomy import SHIPPED, Anatomy, head_task, load_shipped, shipped
 from dsfreeze.embedded import EMBEDDED, available, cache_folder
 from dsfreeze.errors import UserError
-from dsfreeze.files import write_whole
+from dsfreeze.files import parse_json, write_whole
 
 #: What a name may be made of: it becomes a file's name, and a value on the command line.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -230,7 +230,7 @@ def add(name: str, source: str, tasks: Mapping[str, Anatomy], activations: Activ
 def _read_added(path: Path) -> tuple[str, dict[str, Anatomy]]:
     """(where it came from, anatomy of each task) of an added file."""
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = parse_json(path.read_text(encoding="utf-8"))
         tasks = {str(task): Anatomy.from_json(json.dumps(row)) for task, row in content["tasks"].items()}
         if not tasks:
             raise ValueError("no task")

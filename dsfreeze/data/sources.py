@@ -21,7 +21,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
 import dsfreeze.data.nli as nli
 from dsfreeze.errors import UserError, did_you_mean
-from dsfreeze.files import READERS, nearest_file, no_file, reader_of, why_closed
+from dsfreeze.files import READERS, nearest_file, no_file, parse_json, reader_of, why_closed
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -138,9 +138,9 @@ def _json_mistake(path: Path) -> str | None:
         with opener(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if number == 1 and line.strip() in ("[", "{"):
-                    json.loads(line + file.read())
+                    parse_json(line + file.read())
                 elif line.strip():
-                    json.loads(line)
+                    parse_json(line)
     except json.JSONDecodeError as broken:
         at, text = number - 1 + broken.lineno, broken.doc.splitlines()[broken.lineno - 1]
         return f"{path}, line {at}: broken JSON ({broken.msg}) in '{text[:60]}'. Is the file cut short?"

@@ -24,6 +24,7 @@ from dsfreeze.checkpoint import MANIFEST, PREFIX, TRAINER, Base, Checkpoint
 from dsfreeze.engine import TensorState
 from dsfreeze.engine.process import agree, together
 from dsfreeze.errors import UserError
+from dsfreeze.files import parse_json
 from dsfreeze.integrations.adopted import Adopted
 from dsfreeze.integrations.rates import Rates
 from dsfreeze.plan import FreezePlan
@@ -68,7 +69,7 @@ class Checkpoints:
 
     def _write(self, folder: Path, state: Mapping[str, TensorState]) -> None:
         step = self.trainer.state.global_step
-        trainer_state = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
+        trainer_state = parse_json((folder / TRAINER).read_text(encoding="utf-8"))
         try:
             portable.write_files(folder, step, state, self.plan, self.plan, self.base, trainer_state)
         except OSError as error:

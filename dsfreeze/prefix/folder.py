@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dsfreeze.files import write_whole
+from dsfreeze.files import parse_json, write_whole
 from dsfreeze.folder_lock import NO_LOCKS
 
 MANIFEST = "manifest.json"
@@ -163,8 +163,8 @@ def _subfolders(root: Path) -> list[Path]:
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
     """The folder's manifest, or None where there is none or it is garbled."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
     return manifest if isinstance(manifest, dict) else None
 

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsfreeze.files import parse_json
 from dsfreeze.prefix.codec import CODECS, Codec
 
 FORMAT, FORMAT_VERSION = "dsfreeze-prefix", "1"
@@ -283,8 +284,8 @@ def _read_header(file: BinaryIO, file_size: int) -> tuple[dict[str, Any], int]:
     if size > min(_LONGEST_HEADER, file_size - 8):
         raise DamagedShard("it is shorter than its header says")
     try:
-        header = json.loads(file.read(size))
-    except (ValueError, RecursionError) as error:
+        header = parse_json(file.read(size))
+    except ValueError as error:
         raise DamagedShard(f"its header is garbled: {error}") from None
     if not isinstance(header, dict):
         raise DamagedShard("its header is garbled")

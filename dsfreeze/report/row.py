@@ -6,7 +6,6 @@ moment, half a file included, is a row in state "interrupted".
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsfreeze.errors import UserError
+from dsfreeze.files import parse_json
 from dsfreeze.metrics import METRICS, score
 from dsfreeze.recipe_yaml import parse_yaml, read_file
 from dsfreeze.record import ENVIRONMENT, PLAN, RECIPE, SUMMARY, RecordData, read_record
@@ -74,10 +74,10 @@ def _cut_short(folder: Path) -> str | None:
             return f"stopped before {file} was written"
     for file in (PLAN, ENVIRONMENT, SUMMARY):
         try:
-            json.loads((folder / file).read_text(encoding="utf-8"))
+            parse_json((folder / file).read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
-        except (ValueError, RecursionError):
+        except ValueError:
             return f"{file} is half written"
         except OSError:
             return None

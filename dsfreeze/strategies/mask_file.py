@@ -5,7 +5,6 @@ Such files are written by hand, or by `retain.method packnet`. Read without torc
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.errors import UserError, did_you_mean
-from dsfreeze.files import sha256_of
+from dsfreeze.files import parse_json, sha256_of
 from dsfreeze.plan import FreezePlan, Mask
 
 #: Longest header that safetensors allows, in bytes.
@@ -69,7 +68,7 @@ def read_entries(file: Path) -> dict[str, Entry]:
         length = int.from_bytes(content[:8], "little")
         if len(content) < 8 or length > min(LONGEST, len(content) - 8):
             raise ValueError("it is cut short, or no safetensors file")
-        header, data = json.loads(content[8 : 8 + length]), memoryview(content)[8 + length :]
+        header, data = parse_json(content[8 : 8 + length]), memoryview(content)[8 + length :]
         return {name: _entry(name, value, data) for name, value in header.items() if name != "__metadata__"}
     except FileNotFoundError:
         raise UserError(f"freeze.mask_file: there is no file '{file}'.") from None

@@ -12,6 +12,7 @@ from typing import Any
 
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.errors import UserError, did_you_mean
+from dsfreeze.files import parse_json
 from dsfreeze.recipe import SCORES_FORM
 from dsfreeze.strategies.selection import Unit
 
@@ -56,10 +57,10 @@ def read_traces(path: Path, trace: str, anatomy: Anatomy) -> list[list[float]]:
 def read_analysis(path: Path) -> dict[str, Any]:
     """What an analysis wrote; UserError when the file is none."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         if isinstance(content["model"]["digest"], str) and isinstance(content["all"], dict):
             return content
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is no analysis ({error!r}). Name a scores.json that `dsfreeze analyze` wrote."
         ) from None
@@ -74,10 +75,10 @@ def model_digest(anatomy: Anatomy) -> str:
 
 def _read(path: Path, anatomy: Anatomy | None) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"freeze.scores: there is no file '{path}'. It holds JSON: {SCORES_FORM}.") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"freeze.scores: '{path}' cannot be read as JSON: {error}. It holds {SCORES_FORM}.") from None
     if not isinstance(raw, dict):
         raise UserError(f"freeze.scores: '{path}' has no \"scores\"; write {SCORES_FORM}.")

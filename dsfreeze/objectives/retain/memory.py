@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from dsfreeze.checkpoint import swap
 from dsfreeze.engine.process import agree, together
 from dsfreeze.errors import UserError
-from dsfreeze.files import sha256_of
+from dsfreeze.files import parse_json, sha256_of
 from dsfreeze.job import Job
 from dsfreeze.recipe_retain import MASKS_FILE, RETAIN_KEYS
 from dsfreeze.strategies.scores_file import model_digest
@@ -84,7 +84,7 @@ def open_memory(job: Job) -> Memory:
     try:
         with safe_open(folder / TENSORS, "pt") as content:
             shapes = {key: tuple(content.get_slice(key).get_shape()) for key in content.keys()}  # noqa: SIM118
-        examples = [json.loads(line) for line in (folder / EXAMPLES).read_text(encoding="utf-8").splitlines()]
+        examples = [parse_json(line) for line in (folder / EXAMPLES).read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"retain.memory: {folder} cannot be read: {error}.") from None
     return Memory(folder, manifest["num_tasks"], examples, shapes, manifest["sha256"])
@@ -99,7 +99,7 @@ def open_alike(job: Job) -> Memory:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format_version"] != FORMAT_VERSION:
             raise UserError(
                 f"retain.memory: {folder} has format {manifest['format_version']}; this version reads {FORMAT_VERSION}."
