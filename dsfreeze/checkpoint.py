@@ -187,9 +187,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def _open(folder: Path) -> Checkpoint:
     try:
         manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
-        step, digests = int(manifest["step"]), dict(manifest["sha256"])
         if manifest["format_version"] != FORMAT_VERSION:
             raise UserError(f"{folder} has format {manifest['format_version']}; this version reads {FORMAT_VERSION}.")
+        _require_whole(manifest)
+        step, digests = int(manifest["step"]), manifest["sha256"]
         changed = [
             n for n in (WEIGHTS, STATE, TRAINER) if not (folder / n).is_file() or sha256_of(folder / n) != digests[n]
         ]
@@ -204,6 +205,21 @@ def _open(folder: Path) -> Checkpoint:
     if changed:
         raise NotWhole(f"{folder / changed[0]} is missing, truncated or changed since it was written.")
     return Checkpoint(folder, step, manifest)
+
+
+def _require_whole(manifest: Mapping[str, Any]) -> None:
+    """ValueError unless a manifest has everywhere what belongs there; its plan is checked where it is read."""
+    wanted = {"step": int, "plan": dict, "first_plan": str, "base": dict, "tensors": dict, "sha256": dict}
+    wrong = [key for key, kind in wanted.items() if not isinstance(manifest[key], kind)]
+    base, tensors = manifest["base"], manifest["tensors"]
+    if not wrong and not (
+        base.keys() == Base.__annotations__.keys() and all(isinstance(v, str) for v in base.values())
+    ):
+        wrong = ["base"]
+    if not wrong and not all(isinstance(t, dict) and {"shape", "dtype"} <= t.keys() for t in tensors.values()):
+        wrong = ["tensors"]
+    if wrong:
+        raise ValueError(f"'{wrong[0]}' is not what a checkpoint has there")
 
 
 def seek_start(recipe: Recipe) -> Search | None:

@@ -66,6 +66,40 @@ def test_a_search_goes_on_beside_its_caller(tmp_path, monkeypatch):
         missing.result()
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda m: m.pop("plan"), "'plan'"),
+        (lambda m: m.update(base={"name": "tiny"}), "'base' is not what a checkpoint has there"),
+        (lambda m: m.update(base={**m["base"], "hash": 7}), "'base' is not what"),
+        (lambda m: m.update(tensors={"a.weight": [4, 3]}), "'tensors' is not what"),
+        (lambda m: m.update(step="10"), "'step' is not what"),
+        (lambda m: m.update(sha256=[]), "'sha256' is not what"),
+    ],
+)
+def test_a_manifest_that_was_changed_by_hand(tmp_path, change, told):
+    """Oracle: the file and the key, by name; and the one before it is gone on from."""
+    write(tmp_path, 1)
+    path = write(tmp_path, 2) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"manifest.json cannot be read: .*{told}"):
+        checkpoints.open_checkpoint(path.parent)
+    with pytest.warns(UserWarning, match="Passed over"):
+        assert checkpoints.find_checkpoint(tmp_path, True).step == 1
+
+
+def test_a_manifest_of_brackets(tmp_path):
+    """Oracle: Python's reader gives up on it with a RecursionError."""
+    path = write(tmp_path, 2) / "manifest.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(RecursionError):
+        json.loads(path.read_text())
+    with pytest.raises(UserError, match="nested too deeply"):
+        checkpoints.open_checkpoint(path.parent)
+
+
 def test_newest_is_found_by_number_not_by_letters(tmp_path):
     for step in (9, 10, 100):
         write(tmp_path, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from safetensors.numpy import save
 
-from dsfreeze.checkpoint import MANIFEST, open_checkpoint
+from dsfreeze.checkpoint import MANIFEST, STATE, TRAINER, WEIGHTS, Base, open_checkpoint, require_same
 from dsfreeze.compare.reading import read_grid
 from dsfreeze.compare.results import read_results as read_comparison
 from dsfreeze.continual.reading import read_course
@@ -44,6 +45,16 @@ def _files(*names: str) -> tuple[bytes, ...]:
 
 def _json(*values: Any) -> tuple[bytes, ...]:
     return tuple(json.dumps(value).encode() for value in values)
+
+
+def _checkpoint(folder: Path) -> None:
+    """What a manifest is about: files that its checksums are of."""
+    for name in CHECKPOINT:
+        (folder / name).write_bytes(name.encode())
+
+
+def _resumed(path: Path) -> None:
+    require_same(open_checkpoint(path.parent), PLAN, BASE)
 
 
 def _record(folder: Path) -> None:
@@ -83,14 +94,16 @@ SEQUENCE = {
     "runs": {"full/seed-1": {"label": "full", "method": "full", "seed": 1, "draw": None, "alpha": None, "rounds": [{"round": 1, "task": "a", "scores": {"a": 2.0}, "numbers": {}, "update_norm": 1.0, "trainable_share": 1.0, "seconds": 1.0}]}},
     "summary": {},
 }  # fmt: skip
+BASE = Base("tiny", "abc", "anatomy")
+CHECKPOINT = (WEIGHTS, STATE, TRAINER)
 MANIFEST_VALUES = {
     "format_version": 2,
     "step": 3,
     "plan": json.loads(PLAN.to_json()),
     "first_plan": PLAN.digest,
-    "base": {},
-    "tensors": {},
-    "sha256": {},
+    "base": vars(BASE),
+    "tensors": {"a.weight": {"shape": [2, 3], "dtype": "torch.float32"}},
+    "sha256": {name: hashlib.sha256(name.encode()).hexdigest() for name in CHECKPOINT},
 }
 
 SCORES = {"format_version": 1, "score": "change_l2", "scores": {"layers.0": 1.0, "layers.1": 2.0}}
@@ -105,7 +118,7 @@ TARGETS: dict[str, Target] = {
     "steps": Target("steps.jsonl", (STEPS,), lambda path: read_record(path.parent), _record),
     "summary": Target("summary.json", _json({"steps": 3, "loss": 0.3, "metrics": {"after": {}}}), lambda path: gather([path.parent]), _record),
     "environment": Target("environment.json", _json({"format_version": 2, **ENVIRONMENT}), lambda path: gather([path.parent]), _record),
-    "manifest": Target(MANIFEST, _json(MANIFEST_VALUES), lambda path: open_checkpoint(path.parent)),
+    "manifest": Target(MANIFEST, _json(MANIFEST_VALUES), _resumed, _checkpoint),
     "comparison": Target("results.json", _json(COMPARISON), lambda path: (read_comparison(path), gather([path]))),
     "sequence": Target("results.json", _json(SEQUENCE), lambda path: (read_sequence(path), gather([path]))),
     "scores": Target("scores.json", _json(SCORES), lambda path: read_scores(path)),
