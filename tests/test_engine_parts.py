@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import mmap
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -119,24 +123,21 @@ class TestRanks:
             assert not torch.distributed.is_initialized()
 
     @pytest.mark.slow
-    def test_a_rank_that_meets_nobody_says_where_it_waited(self, monkeypatch):
-        """At a port where nobody listens."""
+    def test_a_rank_that_meets_nobody_says_where_it_waited(self):
+        """At a port where nobody listens; in a process of its own, where no other test has met anybody."""
         second = {
-            "RANK": "1",
-            "WORLD_SIZE": "2",
-            "LOCAL_RANK": "0",
-            "LOCAL_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "1",
-        }
-        for name, value in second.items():
-            monkeypatch.setenv(name, value)
-        recipe = Recipe.model_validate({"model": "tiny", "zero": "zero1", "train": {"ddp_timeout": 1}})
-        with (
-            pytest.raises(UserError, match=r"did not meet at 127.0.0.1:1 .*within 1 s; this is rank 1 of 2 on"),
-            process_group(recipe),
-        ):
-            pass
+            "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1",
+        }  # fmt: skip
+        code = (
+            "from dsfreeze.engine.process import process_group\nfrom dsfreeze.recipe import Recipe\n"
+            'recipe = Recipe.model_validate({"model": "tiny", "zero": "zero1", "train": {"ddp_timeout": 1}})\n'
+            "with process_group(recipe): print('met')"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **second}, capture_output=True, text=True, timeout=100
+        )
+        assert (done.returncode, done.stdout.partition("met")[1]) == (1, "")
+        assert re.search(r"UserError: .*did not meet at 127.0.0.1:1 .*within 1 s; this is rank 1 of 2 on", done.stderr)
 
 
 def test_a_stale_lock_is_reported_by_path(tmp_path, monkeypatch):
