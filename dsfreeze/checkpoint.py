@@ -222,36 +222,39 @@ def _require_whole(manifest: Mapping[str, Any]) -> None:
         raise ValueError(f"'{wrong[0]}' is not what a checkpoint has there")
 
 
-def seek_start(recipe: Recipe) -> Search | None:
-    """Begin to look for the checkpoint that a run resumes from; None where it begins anew."""
-    wanted, output_dir = recipe.train.resume_from_checkpoint, recipe.train.output_dir
-    if not wanted or (wanted == AUTO and not list_checkpoints(output_dir)):
-        return None
-    return Search(output_dir, True if wanted == AUTO else wanted)
-
-
-def find_checkpoint(output_dir: Path, wanted: bool | Path) -> Checkpoint:
+def find_checkpoint(output_dir: Path, wanted: Literal[True] | Path) -> Checkpoint:
     """The checkpoint that `train.resume_from_checkpoint` names: a path, or True for the newest whole one in `output_dir`.
 
     Warns of each newer one that is not whole; UserError when there is none, or the one named is not whole.
     """
-    return Search(output_dir, wanted).result()
+    found = Search(output_dir, wanted).result()
+    assert found is not None, "only `auto` and False may find none"
+    return found
+
+
+def seek_start(recipe: Recipe) -> Search:
+    """Begin to look for the checkpoint that a run goes on from."""
+    return Search(recipe.train.output_dir, recipe.train.resume_from_checkpoint)
 
 
 class Search:
-    """`find_checkpoint` in a thread that begins here, for checksums take a second for each 2 GB or so: do something else, then ask for the
-    `result`, once."""
+    """A checkpoint looked for in a thread that begins here, for the checksums of large ones take seconds: do something else, then ask for
+    the `result`, once. `wanted` is a `train.resume_from_checkpoint`."""
 
-    def __init__(self, output_dir: Path, wanted: bool | Path) -> None:
+    def __init__(self, output_dir: Path, wanted: bool | Path | str | None) -> None:
         self.output_dir, self.wanted = output_dir, wanted
         self._found: Checkpoint | None = None
         self._passed_over: list[NotWhole] = []  # told by who asks: a thread's warnings may go astray
         self._work = Background("checksums")
-        self._work.start(self._search)
+        if wanted:
+            self._work.start(self._search)
 
     def _search(self) -> None:
-        if self.wanted is not True:
+        if self.wanted not in (True, AUTO):
             self._found = open_checkpoint(Path(str(self.wanted)))
+            return
+        if self.wanted == AUTO and not list_checkpoints(self.output_dir):
+            self.wanted = False  # the run begins anew
             return
         for folder in reversed(numbered(self.output_dir)):
             try:
@@ -260,11 +263,12 @@ class Search:
             except NotWhole as problem:
                 self._passed_over.append(problem)
 
-    def result(self) -> Checkpoint:
+    def result(self) -> Checkpoint | None:
+        """None where none is wanted, and with `auto` where there is none; else as `find_checkpoint`, errors and warnings too."""
         self._work.wait()
         for problem in self._passed_over:
             warnings.warn(f"Passed over: {problem}", stacklevel=2)
-        if self._found is not None:
+        if self._found is not None or not self.wanted:
             return self._found
         names = ", ".join(folder.name for folder in numbered(self.output_dir))
         found = f" ({names}: none of them is whole)" if names else f" ({PREFIX}N)"
@@ -346,6 +350,7 @@ def _others(folder: Path) -> str:
 
 
 def save_file(tensors: dict[str, Any], path: Path) -> None:
+    """safetensors' own, and torch with it."""
     from safetensors.torch import save_file as write
 
     write(tensors, path)

@@ -98,7 +98,7 @@ class Run:
 
     # -- the run -----------------------------------------------------------------------------------------------
 
-    def start(self, sought: Search | None) -> dict[str, Any]:
+    def start(self, sought: Search) -> dict[str, Any]:
         lock = FolderLock(self.job.output_dir, "train.output_dir")
         try:
             return self._start(find_start(self.job, self.total, self.loader.global_batch_size, lock, sought))

@@ -24,7 +24,7 @@ __all__ = [
 
 OPTIMIZERS = ("adamw_torch",)
 #: The rows that come with dsfreeze.
-BUILTIN = "builtin:nli"
+BUILTIN_ROWS = "builtin:nli"
 TASKS = ("classification", "tokens", "causal_lm", "sft", "seq2seq", "preference")
 Task = Literal["classification", "tokens", "causal_lm", "sft", "seq2seq", "preference"]
 
@@ -58,10 +58,10 @@ class ModelOptions(Section):
 class DataOptions(Section):
     """Where examples come from and what their columns mean. A column that is None is recognised by its usual names."""
 
-    train: str | None = BUILTIN
+    train: str | None = BUILTIN_ROWS
     """Hub id (`org/set` or `org/set:config`), folder, or a json, jsonl(.gz), csv, parquet or arrow file; `builtin:nli`
     is generated."""
-    eval: str | None = BUILTIN
+    eval: str | None = BUILTIN_ROWS
     """The same for evaluation; None trains without, and so does a recipe that names rows of its own to train on and none here."""
     train_split: str = "train"
     """Split of a hub dataset or folder to train on."""
@@ -106,7 +106,7 @@ class DataOptions(Section):
     @classmethod
     def _built_in_rows_for_themselves(cls, values: Any) -> Any:
         """A model that trains on other rows would be measured on the built-in ones, of another task."""
-        if isinstance(values, dict) and "eval" not in values and values.get("train", BUILTIN) != BUILTIN:
+        if isinstance(values, dict) and "eval" not in values and values.get("train", BUILTIN_ROWS) != BUILTIN_ROWS:
             return {**values, "eval": None}
         return values
 

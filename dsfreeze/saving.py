@@ -23,7 +23,7 @@ from dsfreeze.record import MODEL, SUMMARY, holds_record, require_free
 
 
 def find_start(
-    job: Job, total_steps: int, global_batch_size: int, lock: FolderLock, sought: Search | None
+    job: Job, total_steps: int, global_batch_size: int, lock: FolderLock, sought: Search
 ) -> Checkpoint | None:
     """The checkpoint to resume from, if any, once everything that this run will write has a place of its own (collective).
 
@@ -47,8 +47,10 @@ def resume_step(job: Job, found: Checkpoint | None) -> int | None:
     return 0 if job.recipe.train.resume_from_checkpoint == AUTO and holds_record(job.output_dir) else None
 
 
-def _look_around(job: Job, total_steps: int, global_batch_size: int, sought: Search | None) -> Checkpoint | None:
-    found = None if sought is None else _checked(sought.result(), job, total_steps, global_batch_size)
+def _look_around(job: Job, total_steps: int, global_batch_size: int, sought: Search) -> Checkpoint | None:
+    found = sought.result()
+    if found is not None:
+        _require_fitting(found, job, total_steps, global_batch_size)
     require_free(job.output_dir, job.plan, resume_step=resume_step(job, found))
     if job.recipe.train.export:
         require_writable(job.output_dir / MODEL)
@@ -60,8 +62,8 @@ def _on_leader(write: Callable[[], object]) -> None:
     together(write if read_ranks().rank == 0 else lambda: None)
 
 
-def _checked(found: Checkpoint, job: Job, total_steps: int, global_batch_size: int) -> Checkpoint:
-    """The checkpoint, or a UserError where this run cannot go on from it."""
+def _require_fitting(found: Checkpoint, job: Job, total_steps: int, global_batch_size: int) -> None:
+    """UserError where this run cannot go on from the checkpoint."""
     checkpoints.require_same(found, job.plan, job.base)
     _require_same_batch(job, found.trainer_state["global_batch_size"], global_batch_size)
     _require_same_rules(job, found.trainer_state)
@@ -71,7 +73,6 @@ def _checked(found: Checkpoint, job: Job, total_steps: int, global_batch_size: i
             f"{found.folder} is at step {found.step}, and this run ends at step {total_steps}: nothing is left to do. "
             "Raise train.max_steps or train.num_train_epochs."
         )
-    return found
 
 
 def _require_same_batch(job: Job, theirs: int, ours: int) -> None:

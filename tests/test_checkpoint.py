@@ -66,6 +66,20 @@ def test_a_search_goes_on_beside_its_caller(tmp_path, monkeypatch):
         missing.result()
 
 
+def test_where_a_search_may_find_none(tmp_path):
+    """Oracle: False and None want none; `auto` takes one where one of ours lies, and complains where none of ours is whole."""
+    assert checkpoints.Search(tmp_path, "auto").result() is None
+    (tmp_path / "checkpoint-9").mkdir()  # another tool's
+    assert checkpoints.Search(tmp_path, "auto").result() is None
+    path = write(tmp_path, 2)
+    assert [checkpoints.Search(tmp_path, wanted).result() for wanted in (False, None)] == [None, None]
+    with pytest.warns(UserWarning, match="Passed over: .*checkpoint-9"):
+        assert checkpoints.Search(tmp_path, "auto").result().step == 2
+    (path / "weights.safetensors").write_bytes(b"cut short")
+    with pytest.warns(UserWarning, match="Passed over"), pytest.raises(UserError, match="none of them is whole"):
+        checkpoints.Search(tmp_path, "auto").result()
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

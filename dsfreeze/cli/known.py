@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsfreeze.recipe import Recipe
+from dsfreeze.recipe import BUILTIN_ROWS, Recipe
 
 #: Number of classes of built-in data, known without importing what makes them.
-BUILTIN_LABELS: dict[str | None, int] = {"builtin:nli": 3}
+BUILTIN_LABELS: dict[str | None, int] = {BUILTIN_ROWS: 3}
 
 
 def anatomy_of(recipe: Recipe) -> tuple[Any, tuple[str, ...]]:

@@ -22,11 +22,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 import dsfreeze.data.nli as nli
 from dsfreeze.errors import UserError, did_you_mean
 from dsfreeze.files import READERS, nearest_file, no_file, parse_json, reader_of, why_closed
+from dsfreeze.recipe import BUILTIN_ROWS
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-BUILTIN = {"builtin:nli": nli.generate}
+BUILTIN = {BUILTIN_ROWS: nli.generate}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
