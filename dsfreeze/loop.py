@@ -45,6 +45,7 @@ from dsfreeze.recipe import Recipe
 from dsfreeze.reference import measure_reference, recall_reference
 from dsfreeze.saving import CheckpointWriter, find_start, resume_step, save_model
 from dsfreeze.schedule import learning_rate_schedule, rates_at
+from dsfreeze.screen import screen
 from dsfreeze.stopping import EarlyStopping
 from dsfreeze.trackers import require_trackers
 
@@ -55,7 +56,7 @@ def train(recipe: Recipe, console: Console | None = None, *, sought: Search | No
     `sought` is a search for the checkpoint that has begun (`checkpoint.seek_start`); without one it begins here.
     Raises UserError for a user's mistake, on every rank; Interrupted after a signal, with a checkpoint written.
     """
-    console = console or Console(stderr=True)
+    console = console or screen()
     with process_group(recipe) as ranks:
         agree(recipe.digest, "the recipe")
         together(lambda: require_trackers(recipe))

@@ -15,11 +15,10 @@ from pathlib import Path
 from subprocess import DEVNULL
 from typing import Any
 
-from rich.console import Console
-
 from dsfreeze.errors import UserError
 from dsfreeze.recipe_reader import load_recipe
 from dsfreeze.record import read_record
+from dsfreeze.screen import screen, show_result, write_result
 from dsfreeze.supervise import supervise
 from dsfreeze.tables import comparison_table
 
@@ -40,7 +39,7 @@ FULL = (
 
 def quickstart(overrides: Sequence[str], *, as_json: bool = False) -> int:
     """Run both halves, print the comparison; returns the exit code of the first half that failed, else 0."""
-    console = Console(stderr=True)
+    console = screen()
     words = [*RECIPE, f"train.output_dir={_free_folder(Path('runs'), 'quickstart')}", *overrides]
     folder = load_recipe(None, words).train.output_dir
     console.rule("1 of 2: fine-tune SmolLM2-135M with its bottom 75 % frozen, ZeRO-2")
@@ -65,12 +64,11 @@ def _train(words: Sequence[str]) -> int:
 def _report(folder: Path, as_json: bool) -> int:
     frozen, full = _summary(folder), _summary(folder / "full-tuning")
     if as_json:
-        sys.stdout.write(json.dumps({"frozen": frozen, "full": full}, indent=2) + "\n")
+        write_result(json.dumps({"frozen": frozen, "full": full}, indent=2) + "\n")
         return 0
-    console = Console()
-    console.print(comparison_table(frozen, full))
+    show_result(comparison_table(frozen, full))
     exported = f"    exported model: {frozen['model']}" if frozen["model"] else ""
-    console.print(f"record: {folder}{exported}", highlight=False, markup=False, soft_wrap=True)
+    show_result(f"record: {folder}{exported}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

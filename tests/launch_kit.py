@@ -112,6 +112,15 @@ def recipe_file(folder: Path, *, zero: str = "zero2", freeze: dict | None = None
     return file
 
 
+def launch_sh(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """./launch.sh with two ranks, up to the recipe, and the environment that keeps it from installing anything."""
+    venv = fake_venv(folder / "an environment", f'exec "{PYTHON}" "$@"')
+    return (
+        [str(ROOT / "launch.sh"), "--num_accelerators", "2", "--master_port", str(free_port())],
+        {"DSFREEZE_VENV": str(venv)},
+    )
+
+
 def deepspeed_train(file: Path, *words: str, module: tuple[str, ...] = ("dsfreeze",)) -> list[str]:
     """Two ranks under DeepSpeed's launcher."""
     return [PYTHON, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(free_port()),

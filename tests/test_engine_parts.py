@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from dsfreeze.engine.ranks import device_of, read_ranks
 from dsfreeze.errors import UserError
 from dsfreeze.recipe import Recipe
 
+LAUNCHERS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
 FULL = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(7.0), "c": torch.arange(10.0, 21.0)}
 
 
@@ -116,6 +118,20 @@ class TestRanks:
         assert device_of(0) == torch.device("cuda", 0)
         with pytest.raises(UserError, match="shows 1 GPUs"):
             device_of(1)
+
+    @pytest.mark.parametrize("before", [None, "7"])
+    def test_a_group_of_one_leaves_the_environment_as_it_was(self, before, monkeypatch):
+        """Accelerate takes LOCAL_RANK for a launcher's, and a Trainer made later in the notebook would use DDP."""
+        if before is not None:
+            monkeypatch.setenv("MASTER_PORT", before)
+        environment = {name: os.environ.get(name) for name in LAUNCHERS}
+        for fails in (False, True):
+            with suppress(KeyError), process_group(Recipe.model_validate({"model": "tiny", "zero": "zero1"})):
+                assert (os.environ["LOCAL_RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")
+                if fails:
+                    raise KeyError
+            assert {name: os.environ.get(name) for name in LAUNCHERS} == environment
+            assert not torch.distributed.is_initialized()
 
     def test_a_local_recipe_makes_no_group(self):
         with process_group(Recipe.model_validate({"model": "tiny", "zero": "local"})) as ranks:

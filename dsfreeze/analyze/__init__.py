@@ -35,6 +35,7 @@ from dsfreeze.model import read_anatomy
 from dsfreeze.progress import watched
 from dsfreeze.recipe import AnalyzeOptions, Recipe
 from dsfreeze.scores import FAMILIES, SCORES, Observations, Scores
+from dsfreeze.screen import screen
 from dsfreeze.strategies.scores_file import model_digest, read_analysis
 
 SCORES_FILE, FIGURE = "scores.json", "scores.png"
@@ -43,7 +44,7 @@ FORMAT_VERSION = 1
 
 def analyze(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     """Measure, write analyze.output_dir, and return what scores.json holds, on every rank; UserError for a user's mistake."""
-    console = console or Console(stderr=True)
+    console = console or screen()
     _require_own_loss(recipe)
     names = requested(recipe.analyze)
     recipe = _still(recipe)

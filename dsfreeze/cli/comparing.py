@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from dsfreeze.cli.known import anatomy_of
 from dsfreeze.cli.output import escape, print_json, say, show
 from dsfreeze.cli.words import AsJson
 from dsfreeze.errors import UserError
+from dsfreeze.screen import screen
 
 
 def compare(
@@ -33,7 +33,7 @@ def compare(
     grid = read_grid(file, words or ())
     from dsfreeze.compare.running import run_grid, write_jobs
 
-    console, script = Console(stderr=True), None
+    console, script = screen(), None
     if launcher == "slurm":
         state, script = write_jobs(grid, anatomy_of, console)
     else:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from typing import Any
 
-from rich.console import Console
+from dsfreeze.screen import screen, show_result, write_result
 
 
 def escape(text: str) -> str:
@@ -17,7 +16,7 @@ def escape(text: str) -> str:
 
 
 def say(message: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(message, highlight=False)
+    screen(soft_wrap=True).print(message, highlight=False)
 
 
 def is_leader() -> bool:
@@ -30,9 +29,9 @@ def print_json(value: Any) -> None:
 
 def write(text: str) -> None:
     if is_leader():
-        sys.stdout.write(text)
+        write_result(text)
 
 
 def show(drawing: Any) -> None:
     if is_leader():
-        Console().print(drawing)
+        show_result(drawing)

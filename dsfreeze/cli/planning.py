@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from dsfreeze.cli.known import anatomy_of, num_steps_of
 from dsfreeze.cli.output import escape, print_json, say, show
 from dsfreeze.cli.words import AsJson, Words, read_words
 from dsfreeze.recipe import Recipe
+from dsfreeze.screen import screen
 
 
 def plan(
@@ -122,7 +122,7 @@ def _study(file: Path, as_json: bool) -> int:
     from dsfreeze.planner.study import read_study, run_study
     from dsfreeze.tables import study_table
 
-    record = run_study(read_study(file), Console(stderr=True))
+    record = run_study(read_study(file), screen())
     if as_json:
         print_json(record)
     else:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from dsfreeze.cli.output import escape, is_leader, print_json, say, show, write
 from dsfreeze.cli.words import AsJson, Words, read_words
+from dsfreeze.screen import screen
 
 
 def analyze(words: Words = None, as_json: AsJson = False) -> int:
@@ -19,7 +19,7 @@ def analyze(words: Words = None, as_json: AsJson = False) -> int:
     from dsfreeze.analyze import analyze as analyze_recipe
 
     recipe = read_words(words)
-    content = analyze_recipe(recipe, Console(stderr=True))
+    content = analyze_recipe(recipe, screen())
     if not is_leader():
         return 0
     from dsfreeze.analyze.figure import draw_figure
@@ -46,7 +46,7 @@ def cache(words: Words = None, as_json: AsJson = False) -> int:
     """Store what leaves the frozen prefix for every example, on disk, for all runs with that prefix: seeds, rates, methods."""
     from dsfreeze.commands import fill_cache
 
-    filled = fill_cache(read_words(words), Console(stderr=True))
+    filled = fill_cache(read_words(words), screen())
     if as_json:
         if is_leader():
             print_json(filled)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from dsfreeze.cli.output import escape, is_leader, print_json, say, show
 from dsfreeze.cli.words import AsJson
+from dsfreeze.screen import screen
 
 
 def continual(
@@ -25,7 +25,7 @@ def continual(
     course = read_course(file, words or ())
     from dsfreeze.continual.rounds import run_course
 
-    state = run_course(course, Console(stderr=True))
+    state = run_course(course, screen())
     if not is_leader():
         return 0
     from dsfreeze.continual.figure import draw_figure

@@ -6,12 +6,12 @@ import os
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from dsfreeze.cli.known import anatomy_of, num_steps_of
 from dsfreeze.cli.output import print_json, show, write
 from dsfreeze.cli.words import AsJson, Words, read_words
 from dsfreeze.recipe import Recipe
+from dsfreeze.screen import screen
 
 
 def train(
@@ -30,7 +30,7 @@ def train(
     sought = seek_start(recipe)  # its checksums are made while the libraries load
     from dsfreeze.loop import train as train_recipe
 
-    summary = train_recipe(recipe, Console(stderr=True), sought=sought)
+    summary = train_recipe(recipe, screen(), sought=sought)
     if as_json:
         print_json(summary)
     else:

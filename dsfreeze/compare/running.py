@@ -37,6 +37,7 @@ from dsfreeze.layered import refuse
 from dsfreeze.planner.request import ReadAnatomy
 from dsfreeze.recipe import FreezeOptions, Recipe
 from dsfreeze.record import SUMMARY, holds_record
+from dsfreeze.screen import screen
 from dsfreeze.state_file import State
 from dsfreeze.tables import gib
 
@@ -51,7 +52,7 @@ def run_grid(grid: Grid, read: ReadAnatomy, console: Console | None = None) -> S
 
     UserError for every mistake that can be known before the first run; Interrupted after a signal, once what ran has ended.
     """
-    console = console or Console(stderr=True)
+    console = console or screen()
     with alone(Path(grid.spec.output_dir)) as lock:
         comparison = Comparison(grid, read, console, lock)
         with Interrupt() as interrupt:
@@ -64,7 +65,7 @@ def run_grid(grid: Grid, read: ReadAnatomy, console: Console | None = None) -> S
 def write_jobs(grid: Grid, read: ReadAnatomy, console: Console | None = None) -> tuple[State, Path | None]:
     """What an earlier call's jobs have left, and the script of what is to run now; None where nothing is."""
     with alone(Path(grid.spec.output_dir)):
-        comparison = Comparison(grid, read, console or Console(stderr=True))
+        comparison = Comparison(grid, read, console or screen())
         comparison.prime()
         works = comparison.queue.waiting
         if not works:

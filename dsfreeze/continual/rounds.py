@@ -39,6 +39,7 @@ from dsfreeze.loop import train
 from dsfreeze.metrics import score
 from dsfreeze.recipe import Recipe
 from dsfreeze.record import MODEL, SUMMARY
+from dsfreeze.screen import screen
 from dsfreeze.state_file import State
 
 MIXED, MEMORY, PREFERENCE = "train.jsonl", "memory", "preference"
@@ -80,7 +81,7 @@ def run_course(course: Course, console: Console | None = None) -> State:
 
     UserError for every mistake that can be known before the first round, on every rank; Interrupted after a signal.
     """
-    console = console or Console(stderr=True)
+    console = console or screen()
     with _told_once(), process_group(course.measure_recipe(course.spec.tasks[0])) as ranks:
         agree(hashlib.sha256(course.spec.model_dump_json().encode()).hexdigest(), "the sequence of tasks")
         files = led(lambda: prepare(course))

@@ -32,6 +32,8 @@ from dsfreeze.recipe import Recipe
 from dsfreeze.zero_config import deepspeed_config, is_local
 
 T = TypeVar("T")
+#: What a launcher sets, and `_join` where there is none.
+_LAUNCHERS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
 
 
 @contextmanager
@@ -49,16 +51,31 @@ def process_group(recipe: Recipe) -> Iterator[Ranks]:
             )
         yield ranks
         return
-    joined = _join(ranks, timedelta(seconds=recipe.train.ddp_timeout))
+    with _restored_environment():
+        joined = _join(ranks, timedelta(seconds=recipe.train.ddp_timeout))
+        try:
+            yield ranks
+        except RuntimeError as error:
+            if (told := whereabouts.explained(error)) is None:
+                raise
+            raise told from error
+        finally:
+            if joined:
+                _leave(in_order=sys.exception() is None)
+
+
+@contextmanager
+def _restored_environment() -> Iterator[None]:
+    """The launcher's variables as they were: a Trainer made later in the same notebook would take ours for a launcher's and use DDP."""
+    before = {name: os.environ.get(name) for name in _LAUNCHERS}
     try:
-        yield ranks
-    except RuntimeError as error:
-        if (told := whereabouts.explained(error)) is None:
-            raise
-        raise told from error
+        yield
     finally:
-        if joined:
-            _leave(in_order=sys.exception() is None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _join(ranks: Ranks, timeout: timedelta) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import Trainer
+from transformers.training_args import ParallelMode
 
 from dsfreeze.anatomy import Anatomy
 from dsfreeze.errors import UserError, did_you_mean
@@ -37,7 +38,9 @@ def _partial_checkpointing(trainer: Trainer, _: FreezePlan) -> bool:
 
 
 def _is_ddp(trainer: Trainer, plan: FreezePlan) -> bool:
-    return trainer.args.world_size > 1 and not trainer.is_deepspeed_enabled and moves(plan)
+    # of a single rank too, which torchrun starts as it starts several
+    distributed = trainer.args.parallel_mode is ParallelMode.DISTRIBUTED
+    return distributed and not trainer.is_deepspeed_enabled and moves(plan)
 
 
 def _pushes_checkpoints(trainer: Trainer, _: FreezePlan) -> bool:

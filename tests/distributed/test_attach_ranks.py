@@ -264,7 +264,9 @@ def without_deepspeed(folder):
     attached(folder, gradual, batch=2, ddp_backend="gloo")
 
 
-def test_a_moving_plan_under_ddp_is_refused(tmp_path):
-    for outcome in outcomes_of(without_deepspeed, str(tmp_path), timeout=60):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_moving_plan_under_ddp_is_refused(world_size, tmp_path):
+    """Of one rank too, where transformers uses DDP as well once a launcher has set LOCAL_RANK."""
+    for outcome in outcomes_of(without_deepspeed, str(tmp_path), world_size=world_size, timeout=60):
         assert outcome.error == "UserError"
         assert "moving plan under DDP" in outcome.text

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from pathlib import Path
 
 import psutil
 import pytest
-from forks import _free_port
 from launch_kit import (
     PYTHON,
     ROOT,
     deepspeed_train,
-    fake_venv,
+    free_port,
     launch,
+    launch_sh,
     left_of,
     nobody_outlives,
     recipe_file,
@@ -32,27 +31,18 @@ from dsfreeze.record import read_record
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
-def launch_sh(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """./launch.sh with two ranks, up to the recipe, and the environment that keeps it from installing anything."""
-    venv = fake_venv(folder / "an environment", f'exec "{PYTHON}" "$@"')
-    return (
-        [str(ROOT / "launch.sh"), "--num_accelerators", "2", "--master_port", str(_free_port())],
-        {"DSFREEZE_VENV": str(venv)},
-    )
-
-
 def test_every_launcher_gives_the_same_losses(tmp_path):
     file = recipe_file(tmp_path)
     deepspeed = [PYTHON, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port"]
     commands = {
-        "deepspeed": [*deepspeed, str(_free_port()), "--module", "dsfreeze", "train", str(file)],
-        "no_local_rank": [*deepspeed, str(_free_port()), "--no_local_rank", "--module", "dsfreeze", "train", str(file)],
-        "torchrun": [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(_free_port()),
+        "deepspeed": [*deepspeed, str(free_port()), "--module", "dsfreeze", "train", str(file)],
+        "no_local_rank": [*deepspeed, str(free_port()), "--no_local_rank", "--module", "dsfreeze", "train", str(file)],
+        "torchrun": [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
                      "-m", "dsfreeze", "train", str(file)],
         "accelerate": [PYTHON, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-                       "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(_free_port()),
+                       "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port()),
                        "-m", "dsfreeze", "train", str(file)],
-        "one rank of torchrun": [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port", str(_free_port()),
+        "one rank of torchrun": [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port", str(free_port()),
                                  "-m", "dsfreeze", "train", str(file), "train.per_device_train_batch_size=4"],
         "plain": [PYTHON, "-m", "dsfreeze", "train", str(file), "train.per_device_train_batch_size=4"],
     }  # fmt: skip

@@ -97,7 +97,9 @@ def test_two_hosts_train_as_one_does(
 def begun(hosts: Sequence[Host], folder: Path) -> tuple[Path, Any]:
     """A run with a checkpoint at every third step that has made five."""
     file = recipe_file(
-        folder, freeze=MOVING, **OPTIONS | {"max_steps": MANY, "save_strategy": "steps", "save_steps": 3}
+        folder,
+        freeze=MOVING,
+        **OPTIONS | {"max_steps": MANY, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1},
     )
     words, environment = command(hosts, folder, file)
     launched = psutil.Popen(
@@ -109,7 +111,7 @@ def begun(hosts: Sequence[Host], folder: Path) -> tuple[Path, Any]:
 
 
 def test_a_terminated_launcher_leaves_a_checkpoint_of_the_last_step(hosts: tuple[Host, Host], tmp_path: Path) -> None:
-    """SIGTERM to launch.sh, as a cluster preempts: both hosts' ranks stop after the same step."""
+    """SIGTERM to launch.sh, as a cluster preempts: both hosts' ranks stop after the same step, although pdsh is gone, to which they speak."""
     with nobody_outlives(tmp_path):
         _, launched = begun(hosts, tmp_path)
         (launcher,) = launched.children()  # nsenter passes nothing on but the exit code
