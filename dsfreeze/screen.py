@@ -21,11 +21,15 @@ _GONE = (errno.EPIPE, errno.EIO)
 
 def screen(**options: Any) -> Console:
     """rich's console on standard error, which never raises for what it could not write. `options` are Console's."""
+    if sys.stderr is None:  # closed before this process began (`2>&-`)
+        return Console(quiet=True, **options)
     return Console(file=cast(IO[str], _StandardError()), **options)
 
 
 def write_result(text: str) -> None:
     """To standard output, at once. UserError where it can not be written there; a reader who has gone (`| head`) has read enough."""
+    if sys.stdout is None:  # closed before this process began (`>&-`)
+        return
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

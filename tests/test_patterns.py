@@ -137,10 +137,24 @@ class TestOtherSpellings:
             match_regexes(DEEP, ["model.layers.1.self.attn"])
         assert match_regexes(DEEP, ["model.layers.1[01].*down_proj"])[0]
 
+    @pytest.mark.parametrize(
+        ("pattern", "rest"),
+        [
+            (r"^model\.embed_tokenz\.weight$", " Did you mean 'model.embed_tokens.weight'?"),
+            ("modle", " Did you mean 'model'?"),
+            ("zzzz", ""),
+            ("layers.1.zzzz", " Did you mean 'model.layers.1'? The layers are layers.0 to layers.11."),
+        ],
+    )
+    def test_a_line_that_matches_nothing_is_answered_in_plain_names(self, pattern, rest):
+        with pytest.raises(UserError) as caught:
+            match_regexes(DEEP, [pattern])
+        assert str(caught.value) == f"freeze.unfrozen_parameters: '{pattern}' matches no tensor of {DEEP.name}.{rest}"
+
     def test_numbers_cut_short_are_said(self):
         found, notes = match_regexes(DEEP, ["model.layers.1"])
         assert layers(DEEP, found) == {"layers.1", "layers.10", "layers.11"}
-        assert "model.layers.10" in notes[0]
+        assert notes[0].startswith("'model.layers.1' also matches model.layers.10.")
 
     @pytest.mark.parametrize("pattern", ["^model.embed_tokens.weight$[:32000]", "model.embed_tokens.weight[10:20]"])
     def test_row_ranges_are_refused_with_the_reason(self, pattern):

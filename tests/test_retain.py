@@ -343,12 +343,39 @@ def test_masks_of_a_file_are_laid_over_a_plan(tmp_path):
     assert "model.norm.weight" not in plan.phases[0].trainable
 
 
+def test_masks_beside_metadata_and_the_smallest_file(tmp_path):
+    """safetensors' own writer; then a header of two bytes and no data, which masks nothing."""
+    masks = {MATRIX: torch.arange(64 * 32).view(64, 32) % 4 == 0}
+    save_file(masks, tmp_path / "masks.safetensors", metadata={"format": "pt"})
+    whole = (tmp_path / "masks.safetensors").read_bytes()
+    assert [mask.trained for mask in planned(tmp_path, whole).masks] == [512]
+    assert planned(tmp_path, b"\2" + bytes(7) + b"{}").masks == ()
+
+
+def test_a_byte_that_is_no_boolean_is_refused(tmp_path):
+    """As many bytes as elements, one of them 2; then one byte less."""
+    save_file({MATRIX: torch.ones(64, 32).bool()}, tmp_path / "masks.safetensors")
+    whole = (tmp_path / "masks.safetensors").read_bytes()
+    for changed in (whole[:-1] + b"\2", whole[:-1]):
+        with pytest.raises(UserError, match=rf"'{MATRIX}' is not 2048 booleans"):
+            planned(tmp_path, changed)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match=rf"freeze.mask_file: there is no file '{tmp_path / 'none'}'"):
+        make_plan(llama_anatomy(tiny_llama()), FreezeOptions(mask_file=tmp_path / "none", strategy="full"), 4)
+
+
 @pytest.mark.parametrize(
     ("masks", "freeze", "words"),
     [
         (b"no", {}, "cut short, or no safetensors"), (b"\xff" * 20, {}, "cut short"), (b"\2\0\0\0\0\0\0\0[]", {}, "cannot be read"),
+        (b"\3\0\0\0\0\0\0\0{}", {}, "cut short"),
         ({MATRIX: torch.zeros(64, 32)}, {}, "is F32, not BOOL"), ({MATRIX: torch.zeros(2, 2).bool()}, {}, "and the tensor is"),
         ({"up": torch.zeros(2).bool()}, {}, "which tiny lacks"),
+        ({"model.layers.1.mlp.up_proj.weigh": torch.zeros(2).bool()}, {}, rf"which tiny lacks.* Did you mean '{MATRIX}'"),
+        ({"model.norm.weight": torch.ones(32).bool(), MATRIX: torch.ones(64, 32).bool()}, {"strategy": "half", "level": "element"},
+         f"masks '{MATRIX}', of which strategy 'half' trains a part by itself"),
         ({MATRIX: torch.zeros(64, 32).bool()}, {"strategy": "lora"}, "keep one"),
     ],
 )  # fmt: skip

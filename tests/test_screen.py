@@ -90,6 +90,14 @@ def test_a_result_that_is_cut_off_is_no_failure(words: list[str]) -> None:
     assert (child.returncode, said) == (0, b"")
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_stream_that_was_never_open_is_no_failure(closed: str) -> None:
+    """A result, and a mistake that is told on standard error; the shell closes the stream."""
+    for words, code in (("models", 0), ("plan", 2)):
+        command = f'"{sys.executable}" -m dsfreeze {words} {closed}'
+        assert subprocess.run(["sh", "-c", command], capture_output=True, check=False).returncode == code
+
+
 @pytest.mark.parametrize("words", [[], ["--json"]])
 def test_a_result_that_a_full_disk_refuses_is_one(words: list[str]) -> None:
     if not Path("/dev/full").exists():
