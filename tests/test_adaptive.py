@@ -155,10 +155,13 @@ def test_adt_checks_its_ranking_halfway():
     assert tracked.decide(tracked.layers(change=[1, 2, 3, 4])) == set()
     assert (tracked.plan.decide_at, len(tracked.plan.phases)) == (5, 1)
     assert tracked.decide(tracked.layers(change=[8, 7, 6, 5])) == {0}
-    assert any("Spearman -1.00" in note for note in tracked.plan.notes)
+    assert tracked.plan.notes[-1] == (
+        "the ranking of layers is not stable: Spearman -1.00 between the steps 3 and 5, below 0.8; a larger "
+        "freeze.track_steps may help"
+    )
     steady = run("adt_h", count=1, stability_check=True)
     steady.decide(steady.layers(change=[1, 2, 3, 4]))
-    steady.decide(steady.layers(change=[2, 3, 4, 5]))
+    steady.decide(steady.layers(change=[2, 3, 5, 4]))  # 0.8: stable, just
     assert not any("Spearman" in note for note in steady.plan.notes)
 
 
@@ -201,6 +204,11 @@ def test_autofreeze_by_hand():
     assert "layers.0" not in frozen.revision.scores
 
 
+@pytest.mark.parametrize(("steps", "every"), [(15, 1), (29, 2), (5, 1)])
+def test_autofreeze_divides_the_run_in_ten(steps, every):
+    assert run("autofreeze", num_steps=steps).plan.decide_at == every
+
+
 def test_autofreeze_percentiles():
     """By hand, same eta: at 0 everything goes on, at 100 all in front of the first largest freezes."""
     for percent, expected in ((0, set()), (100, {0, 1, 2})):
@@ -241,11 +249,18 @@ def test_tang_freezes_one_layer_when_its_gradient_is_small():
     assert frozen.decide(frozen.layers(l1=[None, None, 0.0], steps=10)) == {0, 1}, "the last layer always trains"
 
 
-def test_tang_is_per_step():
+@pytest.mark.parametrize("steps", [1, 10])
+def test_tang_is_per_step(steps):
     """The same sum over twice the steps is half the mean."""
     frozen = run("tang_like", switch_every=10, threshold=0.6)
-    frozen.decide(frozen.layers(l1=[10, 10, 10, 10], steps=10))
-    assert frozen.decide(frozen.layers(l1=[10, 10, 10, 10], steps=20)) == {0}
+    frozen.decide(frozen.layers(l1=[10, 10, 10, 10], steps=steps))
+    assert frozen.decide(frozen.layers(l1=[10, 10, 10, 10], steps=2 * steps)) == {0}
+
+
+def test_tang_knows_nothing_of_a_layer_without_gradients():
+    frozen = run("tang_like", switch_every=10)
+    assert frozen.decide(frozen.layers(l1=[0, 0, 10, 10])) == set()
+    assert frozen.revision.scores == {f"layers.{i}": 1.0 for i in range(4)}
 
 
 def test_egeria_by_hand():
@@ -290,6 +305,9 @@ def test_smartfrz_by_hand():
     low = run("smartfrz", window=2)
     for _ in range(3):
         assert low.decide(low.layers(cka=[0.3, 0.9, 0.9, 0.9])) == set()
+    fallen = run("smartfrz", window=3, variance=1.0, min_cka=0.5)
+    for value in (0.9, 0.9, 0.1):
+        assert fallen.decide(fallen.layers(cka=[value] * 4)) == set(), "the latest counts"
 
 
 # -- rules that come and go ----------------------------------------------------------------------------------------
@@ -638,8 +656,23 @@ def test_a_run_that_ends_before_the_first_decision(strategy):
     earliest = {"adt_h": 4, "adt_l": 4, "autofreeze": 4, "tang_like": 4, "egeria_like": 4, "smartfrz": 4, "blockllm": 4}
     first = earliest.get(strategy, 2)
     assert run(strategy, num_steps=first + 1, **QUICK[strategy]).plan.decide_at is not None
-    with pytest.raises(UserError, match=rf"after step {first}, and the run has only {first} steps"):
+    keys = {
+        "adt_h": "freeze.track_steps", "adt_l": "freeze.track_steps", "blockllm": "freeze.switch_every or freeze.patience",
+        "egeria_like": "freeze.switch_every, freeze.window or freeze.hits", "smartfrz": "freeze.switch_every or freeze.window",
+    }.get(strategy, "freeze.switch_every")  # fmt: skip
+    told = (
+        rf"after step {first}, and the run has only {first} steps\. Lengthen it \(train\.max_steps\), or lower {keys}\."
+    )
+    with pytest.raises(UserError, match=told):
         run(strategy, num_steps=first, **QUICK[strategy])
+
+
+@pytest.mark.parametrize("strategy", ADAPTIVE)
+def test_what_becomes_of_the_state_of_what_freezes(strategy):
+    """Oracle: the cards."""
+    state = {"adagradselect": "keep", "grass": "offload"}.get(strategy, "clear")
+    assert run(strategy, **QUICK[strategy]).plan.state == state
+    assert run(strategy, **QUICK[strategy] | {"state": "offload"}).plan.state == "offload"
 
 
 def test_autofreeze_must_know_the_length():
@@ -657,7 +690,8 @@ def test_more_layers_than_there_are(strategy):
 
 @pytest.mark.parametrize("number", [{"count": 4}, {"fraction": 1.0}, {"count": 5}])
 def test_adt_leaves_a_layer(number):
-    with pytest.raises(UserError, match=r"freeze all 4 layers|has only 4 to freeze"):
+    told = r"freeze all 4 layers|freeze.count is 5, but the model's list of layers has only 4 to freeze"
+    with pytest.raises(UserError, match=told):
         run("adt_h", **number)
 
 
@@ -695,8 +729,10 @@ def test_measurements_that_are_no_numbers(strategy):
         changes=dict.fromkeys(names, Change(nan, 1.0)),
         similarities={layer.name: Similarity(nan, nan) for layer in LLAMA.blocks},
     )  # fmt: skip
-    with pytest.raises(UserError, match="diverged"):
+    subjects = [*LLAMA.layer_names, *(t.name for t in LLAMA.tensors)]
+    with pytest.raises(UserError, match="diverged") as caught:
         subject.decide(broken)
+    assert any(f"of {name} by step {broken.step} is not finite (nan)" in str(caught.value) for name in subjects)
 
 
 def test_masters_are_dropped_where_state_is():

@@ -129,6 +129,10 @@ def test_freezeout_stops_layers_by_its_table():
     scales = {"embed": 1.953125, "layers.0": 1.953125, "layers.1": 1.536186, "layers.2": 1.229956, "layers.3": 1.0}
     assert all(isclose(rates[name].scale, scale, abs_tol=1e-6) for name, scale in scales.items())
     assert (plan.state, plan.drop_master) == ("clear", True)
+    assert plan.notes[:2] == (
+        "layers.0 stops after 512 of 1000 steps, the last but one after 814",
+        "every layer's rate falls by its own half cosine from train.learning_rate; train.lr_scheduler_type is not used",
+    )
 
 
 def test_freezeout_linear_and_unscaled():
@@ -147,7 +151,9 @@ def test_freezeout_of_few_layers():
         "layers.0": 4,
         "layers.1": 8,
     }
+    assert two.notes[0] == "layers.0 stops after 4 of 8 steps, the last but one after 4"
     one = plan_of(anatomies.llama(depth=1), 8, strategy="freezeout", t0=0.5)
+    assert one.notes[0] == "layers.0 stops after 8 of 8 steps, the last but one after 8"
     assert [phase.num_steps for phase in one.phases] == [8]
     assert {rate.ends for rate in one.rates} == {8}
 
@@ -210,6 +216,8 @@ def test_step_ranges_beyond_the_run():
         ({"embed": [-3, 3]}, r"steps count from 0"),
         ({"embed": [[0, 9], [9, 20]]}, r"overlap: the one from step 0 still holds at step 9"),
         ({"embed": [[0, -1], [9, 20]]}, r"overlap"),
+        ({"embed": [[5, -1], [5, 8]]}, r"overlap: the one from step 5 still holds at step 5"),
+        ({"embed.": 5}, r"^freeze.step_ranges: 'embed\.' has an empty component"),
         ({"embed": 10, "layers": [5, -1], "norm": [7, 8], "head": 9}, r"trains nothing from step 7 to step 8"),
     ],
 )

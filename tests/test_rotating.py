@@ -135,6 +135,8 @@ def test_owlore_is_lisa_with_five_layers_fifty_steps_and_weights(scores):
     assert counts[0] == 0
     assert counts[11] > counts[1]
     assert {"embed", "norm", "head"} <= active(anatomy, plan, plan.phases[0])
+    just_enough = scores({f"layers.{i}": float(i < 5) for i in range(12)})
+    assert blocks(anatomy, plan_of(anatomy, strategy="owlore", scores=just_enough), 0) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -149,6 +151,15 @@ def test_owlore_is_lisa_with_five_layers_fifty_steps_and_weights(scores):
 def test_weights_that_cannot_be_drawn_from(values, message, scores):
     with pytest.raises(UserError, match=message):
         plan_of(anatomies.llama(depth=2), strategy="owlore", scores=scores(values), active_layers=2)
+
+
+def test_weights_are_of_this_model_and_named_by_their_file(scores):
+    anatomy = anatomies.llama(depth=6)
+    other = scores(json.dumps({"model": "another", "scores": {f"layers.{i}": 1.0 for i in range(5)}}))
+    with pytest.raises(UserError, match=rf"'{other}' has no score for layers.5"):
+        plan_of(anatomy, strategy="owlore", scores=other)
+    with pytest.raises(UserError, match="only 4 of 6 units"):
+        plan_of(anatomy, strategy="owlore", scores=scores({f"layers.{i}": float(i < 4) for i in range(6)}))
 
 
 # -- BAdam ---------------------------------------------------------------------------------------------------------
@@ -194,6 +205,8 @@ def test_what_is_told_of_turns():
     assert "the run's 59 steps end within the first sweep: some units never train" in told(59, switch_every=20)
     assert "first sweep" not in told(60, switch_every=20)
     assert "head" not in told(60, switch_every=20)
+    hift = plan_of(anatomies.llama(depth=4), 14, strategy="hift").notes
+    assert hift[0] == "1 of 6 units for 1 step each, ascending: a sweep takes 6 steps"
     new_head = plan_of(anatomies.llama(labels=3), 60, strategy="badam").notes
     assert "the task's new head trains in every phase, since it starts from random numbers" in new_head
 
