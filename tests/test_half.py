@@ -555,6 +555,23 @@ def test_what_is_told_of_the_draw(options, told):
 
 
 @pytest.mark.parametrize(
+    ("level", "drawn", "rest"),
+    [
+        ("category", "attention 2 of 4 in 4 layers, feed-forward 1 of 2 in 4 layers, norms 1 of 2 in 4 layers",
+         ["of 8 fused tensors some outputs train; gradients and optimizer state are those of the whole tensors"]),
+        ("element", "0.5 of the elements of each of 48 tensors", []),
+    ],
+)  # fmt: skip
+def test_what_is_told_of_a_model_with_fused_attention(level, drawn, rest):
+    """Oracle: by hand; elements that are drawn one by one are not outputs of a fused tensor. Then the round of what was frozen."""
+    for number, whose in enumerate(("a draw by seed 42", "what round 0 froze, which trained a draw by seed 42")):
+        notes = plan_of(anatomies.gpt2(), level=level, round=number, masks="complement").notes
+        assert [*notes[:-2]] == [f"round {number} trains {whose}", drawn, *rest]
+        assert notes[-2].startswith("truly trained")
+        assert notes[-1] == "lm_head.weight is tied to transformer.wte.weight: they train as one"
+
+
+@pytest.mark.parametrize(
     ("level", "told"),
     [
         ("category", "attention 2 of 4 in 94 layers, feed-forward 1 of 2 in 94 layers, norms 2 of 4 in 94 layers"),
