@@ -29,6 +29,7 @@ from dsfreeze.recipe import FreezeOptions
 from dsfreeze.setting import Setting
 from dsfreeze.strategies import make_plan
 from dsfreeze.strategies.budgeted import Balance
+from dsfreeze.strategies.scores_file import model_digest
 from dsfreeze.strategies.selection import units
 
 # -- limits --------------------------------------------------------------------------------------------------------
@@ -406,6 +407,44 @@ def test_the_nearest_that_would_do_is_told_and_does(anatomy, limits, granularity
     )
     assert set(nearest) == set(limits)
     assert make_plan(anatomy, options(scores, budget=nearest, granularity=granularity)).phases
+    if len(nearest) == 1:
+        ((kind, text),) = nearest.items()
+        less = f"{float(text.removesuffix('%')) - 0.1:.1f}%" if text.endswith("%") else f"{int(text[:-3]) - 1}MiB"
+        if float(less.strip("%MiB")) > 0:
+            with pytest.raises(UserError, match="nothing that trains fits"):
+                make_plan(anatomy, options(scores, budget={kind: less}, granularity=granularity))
+
+
+@pytest.mark.parametrize("setting", [Setting(2, 4, 2), Setting(3, 1, 4)], ids=str)
+def test_the_room_that_an_amount_of_memory_leaves(setting, options):
+    """Oracle: the model states themselves: so many elements fit, and one more does not; of too little not even none."""
+    balance = Balance(MINILM, options(random_scores(MINILM), budget={"memory": "50%"}), setting)
+    for elements in (0, 1, 2, 12_345, MINILM.numel // 2, MINILM.numel - 1):
+        room = balance.memory(elements)
+        found = balance._elements_within(room)
+        assert found >= elements
+        assert balance.memory(found) <= room
+        assert found == MINILM.numel or room < balance.memory(found + 1)
+    assert balance._elements_within(balance.memory(0) - 1) == -1
+    assert balance._elements_within(balance.memory(MINILM.numel)) == MINILM.numel
+
+
+def test_the_score_that_is_asked_for_and_of_this_model(tmp_path):
+    """Oracle: the score that the file has beside its own choice; then the refusal of another model's file."""
+    anatomy, path = MODELS["llama"], tmp_path / "scores.json"
+    own = {"scores": {f"layers.{i}": float(i == 0) for i in range(6)}}
+    other = {"scores": {f"layers.{i}": float(i == 5) for i in range(6)}}
+    model = {"name": "mine", "layers": 6, "digest": model_digest(anatomy)}
+    for score, layer in ((None, "layers.0"), ("other", "layers.5")):
+        path.write_text(json.dumps({"model": model, **own, "all": {"other": other}}))
+        chosen = FreezeOptions(strategy="budget", scores=path, score=score, budget={"flops": "100%"})
+        plan = make_plan(anatomy, chosen)
+        assert {f"layers.{i}" for i in range(6)} & {anatomy.layer_of[t].name for t in plan.phases[0].trainable} == {
+            layer
+        }
+    path.write_text(json.dumps({"model": {**model, "digest": "another"}, **own}))
+    with pytest.raises(UserError, match="was made for mine with 6 layers"):
+        make_plan(anatomy, FreezeOptions(strategy="budget", scores=path, budget={"flops": "100%"}))
 
 
 def test_nothing_gains_by_training(options):
@@ -456,7 +495,7 @@ def number(text: str) -> float:
 def test_next_units_cost_exactly_what_is_said(granularity, options):
     """Oracle: `estimate`, for every useful unit left out; most gain per FLOP first, and first of all what costs none."""
     anatomy = anatomies.llama(depth=4, labels=2)
-    scores = random_scores(anatomy, 5)
+    scores = random_scores(anatomy, 5) | {"layers.2": 0.0, anatomy.block_tensors[3].name: 0.0}
     balance = Balance(anatomy, options(scores, budget={"trainable": "40%"}, granularity=granularity), Setting())
     choice = balance.solve()
     taken = [balance.units[item.name] for item in choice.items]

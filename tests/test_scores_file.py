@@ -127,13 +127,14 @@ def test_a_file_of_another_model(read, written):
 def test_what_is_no_score(value, what, written):
     """Oracle: the name, the value, and what a score is; alike among the scores, in `all` and in traces."""
     plain = f'{{"scores": {{"layers.0": 1, "layers.1": {value}}}'
-    message = told(read_scores, written(plain + "}"))
-    assert "gives layers.1 the score" in message
+    path = written(plain + "}")
+    message = told(read_scores, path)
+    assert f"'{path}' gives layers.1 the score" in message
     assert what in message
     assert message.endswith(("Write one.", "Write a finite number."))
     among = written(f'{plain}, "all": {{"x": {{"scores": {{"layers.0": {value}}}}}}}, "traces": {{"t": [[1, 1, 1], [1, {value}, 1]]}}}}')  # fmt: skip
-    assert "gives layers.0 the score" in told(read_scores, among, "x")
-    assert "gives traces.t[1][1] the score" in told(read_traces, among, "t", LLAMA)
+    assert f"'{path}' gives layers.0 the score" in told(read_scores, among, "x")
+    assert f"'{path}' gives traces.t[1][1] the score" in told(read_traces, among, "t", LLAMA)
 
 
 @pytest.mark.parametrize(
@@ -201,9 +202,19 @@ def test_a_unit_without_a_score(strategy, granularity, written):
         strategy=strategy, scores=written({"scores": {"layers.0": 1}}), granularity=granularity, **more
     )
     message = told(make_plan, LLAMA, options, 100)
-    missing = "layers.1" if granularity == "layer" else "model.layers.0.self_attn.q_proj.weight and 17 more"
-    assert f"has no score for {missing}" in message
+    missing = "model.layers.0.self_attn.q_proj.weight and 17 more."
+    if granularity == "layer":
+        missing = "layers.1. Did you mean 'layers.0'?"
+    assert message.startswith(f"freeze.scores: '{options.scores}' has no score for {missing} Scores must be those of")
     assert "by layer where freeze.granularity (of half, freeze.level) is layer, by tensor elsewhere" in message
+
+
+def test_two_units_without_a_score_and_one_that_is_near(written):
+    """Oracle: one more beside the first, and the nearest name that the file has."""
+    scores = {"layers.00": 1.0, "layers.2": 1.0}
+    options = FreezeOptions(strategy="ranked", scores=written({"scores": scores}))
+    message = told(make_plan, anatomies.llama(depth=3), options, 100)
+    assert "has no score for layers.0 and 1 more. Did you mean 'layers.00'? Scores must be" in message
 
 
 def test_salf_says_where_traces_come_from(written):
