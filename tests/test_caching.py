@@ -13,6 +13,8 @@ from dsfreeze.errors import UserError
 from dsfreeze.estimate.buffers import buffers
 from dsfreeze.estimate.caching import (
     CacheCost,
+    Choice,
+    asked_for,
     bytes_a_token,
     cache_cost,
     cached_layers,
@@ -238,6 +240,11 @@ class TestChoice:
             assert told in choose(made(train=count), free_memory=2**60, free_disk=2**60).reason
         assert "(265 k tokens" in choose(made(train=200_000, evaluation=65_000), **ROOM).reason
         assert choose(replace(cost, visits=1.0), **ROOM).reason == "off: no example comes a second time in 1 epoch"
+        assert asked_for("disk", cost) == Choice(
+            "disk", "disk: 582.28 MiB of states (265 k tokens of 2,304 B) for 15 layers, visited 5 times"
+        )
+        two = choose(replace(cost, layers=2), **ROOM).reason
+        assert "for 2 layers computed" in two
         for found in (choose(cost, **ROOM), choose(cost, free_memory=0, free_disk=0)):
             assert found.reason.startswith(found.tier + ": ")
 
@@ -361,3 +368,13 @@ class TestGathering:
             )
             assert plain == 4 * (10 + VOCAB * D)
             assert cached == 4 * (10 + largest)
+
+
+def test_limits_of_a_configuration():
+    """Oracle: DeepSpeed's documented defaults, where the configuration is silent."""
+    assert Limits.of({"zero_optimization": {"stage": 3}}) == Limits() == Limits(100_000, 10**9, 50_000_000, 10**9)
+    given = {
+        "stage3_param_persistence_threshold": 1, "stage3_max_reuse_distance": 2.0, "stage3_prefetch_bucket_size": 3,
+        "stage3_max_live_parameters": 4,
+    }  # fmt: skip
+    assert Limits.of({"zero_optimization": given}) == Limits(1, 2, 3, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -14,7 +15,7 @@ from dsfreeze.anatomy import Anatomy, Layer, Tensor
 from dsfreeze.errors import UserError
 from dsfreeze.estimate import Estimate, estimate
 from dsfreeze.estimate.flops import flops, recomputed_flops
-from dsfreeze.plan import FreezePlan
+from dsfreeze.plan import FreezePlan, Phase
 from dsfreeze.recipe import FreezeOptions
 from dsfreeze.strategies import make_plan
 
@@ -337,6 +338,19 @@ def test_a_plan_that_moves_is_priced_with_all_that_waits(state, on_host):
     cost = estimate(anatomy, plan, dtype_bytes=2)
     assert cost.parked == 3 * anatomy.blocks[0].numel * (4 if state == "clear" else 12)
     assert cost.on_host == (cost.parked if on_host else 0)
+
+
+def test_the_price_of_one_phase():
+    """Oracle: the price of a plan that trains the same throughout; beside it waits what trained in the phases before, 12 bytes an element,
+    on one rank of two the half of it."""
+    anatomy = anatomies.llama(depth=4)
+    plan = make_plan(anatomy, FreezeOptions(strategy="badam", switch_every=10, state="offload"), 80)
+    for number, phase in enumerate(plan.phases):
+        alone = estimate(anatomy, replace(plan, phases=(Phase(0, None, phase.trainable),)), dtype_bytes=2, world_size=2)
+        found = estimate(anatomy, plan, dtype_bytes=2, world_size=2, phase=phase)
+        waits = 12 * min(number, 3) * anatomy.blocks[0].numel // 2
+        assert (found.parked, found.on_host) == (waits, waits)
+        assert replace(found, parked=0, on_host=0) == alone
 
 
 def test_adapters_in_place_or_not_give_one_price():

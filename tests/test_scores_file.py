@@ -16,7 +16,7 @@ from dsfreeze.anatomy import load_shipped
 from dsfreeze.errors import UserError
 from dsfreeze.recipe import FreezeOptions
 from dsfreeze.strategies import make_plan
-from dsfreeze.strategies.scores_file import model_digest, read_scores, read_traces
+from dsfreeze.strategies.scores_file import model_digest, read_analysis, read_scores, read_traces
 
 LLAMA = anatomies.llama(depth=2)
 SIMPLE = {"scores": {"layers.0": 1, "layers.1": 0.5}}
@@ -84,6 +84,17 @@ def test_owlore_draws_by_either_form(content, written):
     plan = make_plan(LLAMA, options, 1000)
     turns = {LLAMA.layer_of[name].name for phase in plan.phases for name in phase.trainable}
     assert {"layers.0", "layers.1"} <= turns
+
+
+def test_a_whole_analysis(written, tmp_path):
+    """Oracle: what was written; then what is none, by its path and with what to name instead."""
+    assert read_analysis(written(WHOLE)) == WHOLE
+    for content in (SIMPLE, {**WHOLE, "all": []}, {**WHOLE, "model": {"digest": 3}}, [], b"{", b"\xff"):
+        path = written(content)
+        message = told(read_analysis, path)
+        assert message.startswith(f"{path} is no analysis")
+        assert message.endswith(". Name a scores.json that `dsfreeze analyze` wrote.")
+    assert "(FileNotFoundError" in told(read_analysis, tmp_path / "none.json")
 
 
 # -- which model ---------------------------------------------------------------------------------------------------
