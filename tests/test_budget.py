@@ -361,6 +361,15 @@ def test_shipped_models_keep_their_limits(anatomy, limits, options):
     assert ("model.embed_tokens.weight" in names) == first
 
 
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_model_states_are_those_of_the_estimate(setting, options):
+    balance = Balance(MINILM, options(random_scores(MINILM), budget={"memory": "50%"}), setting)
+    for trained in ({"strategy": "full"}, {"count": 3}):
+        plan = make_plan(MINILM, FreezeOptions(**trained))
+        price = cost(MINILM, plan, setting)
+        assert balance.memory(price.trainable) == on_device(price)
+
+
 def test_the_setting_matters(options):
     """Oracle: 400 MiB hold fewer of SmolLM2's layers in fp32 on one rank than in bf16 on four."""
     given = options(dict.fromkeys(SMOLLM.layer_names, 1.0), budget={"memory": "1GiB"})

@@ -15,6 +15,7 @@ from dsfreeze.anatomy import Anatomy, Layer, Tensor
 from dsfreeze.errors import UserError
 from dsfreeze.estimate import Estimate, estimate
 from dsfreeze.estimate.flops import flops, recomputed_flops
+from dsfreeze.estimate.states import aligned
 from dsfreeze.plan import FreezePlan, Phase
 from dsfreeze.recipe import FreezeOptions
 from dsfreeze.strategies import make_plan
@@ -357,6 +358,21 @@ def test_adapters_in_place_or_not_give_one_price():
     plan = plan_of(TOY, strategy="lora")
     assert estimate(TOY, plan) == estimate(plan.adapted(TOY), plan)
     assert estimate(TOY, plan).full_flops_per_token == price(TOY, PLANS["full"]).flops_per_token
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [(0, (26, 19)), (2, (26, 24)), (3, (30, 21))],
+)
+def test_elements_with_deepspeeds_padding(stage, expected):
+    """Oracle: by hand for three ranks. Layers train 10, 9 and 0 elements of tensors of 4, 6, 9 and 7: stage 2 pads a layer to a multiple of 6
+    (12 + 12), stage 3 each tensor to one of 3 (6 + 6 + 9 + 9, of them 21 train)."""
+    layers = [
+        Layer(name, tuple(Tensor(f"{name}.{n}", (n,), "other") for n in sizes))
+        for name, sizes in (("one", (4, 6)), ("two", (9,)), ("three", (7,)))
+    ]
+    anatomy = Anatomy("toy", "none", tuple(layers))
+    assert aligned(anatomy, ["one.4", "one.6", "two.9"], stage, 3) == expected
 
 
 def test_percent():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import anatomies
 import pytest
@@ -292,3 +294,9 @@ def test_categories_without_a_score_train(tmp_path: Path) -> None:
     still = {t.name for t in anatomy.block_tensors} - plan.ever_trained
     assert {name for name in still if name in matrices} == lower
     assert not {t.name for t in anatomy.block_tensors if t.category == "norm"} & still
+
+
+def test_categories_of_a_file_that_scores_layers_have_no_score(written: Callable[[Any], Path]) -> None:
+    """Not a tensor is scored, so it is not the norms alone that have none."""
+    options = FreezeOptions(strategy="ranked", granularity="category", fraction=0.5, scores=written(SIMPLE))
+    assert "has no score for model.layers.0." in told(make_plan, LLAMA, options)

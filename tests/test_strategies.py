@@ -14,7 +14,7 @@ from random import Random
 import anatomies
 import pytest
 
-from dsfreeze.anatomy import Anatomy, load_shipped
+from dsfreeze.anatomy import Anatomy, Layer, Tensor, load_shipped
 from dsfreeze.errors import UserError
 from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import FREEZE_KEYS, FreezeOptions, Strategy
@@ -40,6 +40,8 @@ def whole(anatomy: Anatomy, *layers: str) -> set[str]:
 
 
 DEEP = anatomies.llama(depth=12)
+#: One layer of one matrix, and nothing else.
+BARE = Anatomy("bare", "none", (Layer("layers.0", (Tensor("layers.0.up.weight", (2, 2), "up"),), "layers.0"),))
 
 
 def test_every_name_the_recipe_knows_has_a_strategy():
@@ -61,6 +63,7 @@ def test_every_name_the_recipe_knows_has_a_strategy():
         ({"strategy": "interval", "fraction": 0.25}, {3, 7, 11}),
         ({"strategy": "interval", "fraction": 0.75}, set(range(12)) - {3, 7, 11}),
         ({"strategy": "interval", "count": 4}, {2, 5, 8, 11}),
+        ({"strategy": "interval"}, {1, 3, 5, 7, 9, 11}),
         ({"strategy": "middle", "count": 4}, {0, 1, 10, 11}),
         ({"strategy": "middle", "count": 5}, {0, 1, 2, 10, 11}),
         ({"strategy": "random", "count": 4, "seed": 7}, set(Random(7).sample(range(12), 4))),
@@ -334,6 +337,24 @@ def test_a_head_that_cannot_train_alone(anatomy, options, told):
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_the_kind_of_adapter_is_the_strategys(kind):
     assert plan_of(anatomies.llama(), strategy=kind).adapter.kind == kind
+
+
+def test_the_only_layer_can_freeze():
+    assert frozen_layers(anatomies.llama(depth=1), strategy="interval", count=1) == {0}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "told"),
+    [
+        ("attention", "has no tensor of the categories q, k, v, o, qkv."),
+        ("norms", "has no norm with weights."),
+        ("head", "has no head. Choose another strategy, or another task."),
+    ],
+)
+def test_a_model_without_what_a_strategy_trains(strategy, told):
+    with pytest.raises(UserError) as caught:
+        plan_of(BARE, strategy=strategy)
+    assert str(caught.value) == f"Strategy '{strategy}': bare {told}"
 
 
 def test_above_one_half_an_offset_counts_for_what_trains():
