@@ -29,6 +29,23 @@ def test_json_and_back_keeps_everything_and_writes_a_set_once():
     assert json.loads(PLAN.to_json())["sets"] == [list(A), list(B), list(C)]
 
 
+def test_the_json_of_a_plan_is_what_other_versions_read():
+    """Oracle: written out. Its digest is in checkpoints and exports; a plan without masks has the one it had before there were any."""
+    plan = FreezePlan("made", (Phase(0, 2, A), Phase(2, None, B)), state="clear")
+    written = json.loads(plan.to_json())
+    digest = written.pop("digest")
+    assert written == {
+        "adapter": None, "decide_at": None, "drop_master": False, "notes": [], "phases": [[0, 2, 0, None], [2, None, 1, None]],
+        "rates": [], "rewarmup_steps": 0, "sets": [["a.weight"], ["b.weight"]], "state": "clear", "strategy": "made",
+    }  # fmt: skip
+    assert digest == plan.digest
+    none = {"share": None, "seed": None, "file": None, "sha256": None}
+    assert json.loads(PLAN.to_json())["masks"] == [
+        {**none, "tensor": "a.weight", "trained": 2, "rows": [[0, 1], [3, 4]]},
+        {**none, "tensor": "b.weight", "trained": 5, "rows": [], "share": 0.5, "seed": 1},
+    ]
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -61,6 +61,7 @@ def test_a_tied_head_goes_with_the_embedding_and_it_is_said():
 def test_a_run_too_short_for_its_stages(strategy):
     with pytest.raises(UserError, match=r"has 4 .*only 3 steps.*train.max_steps or freeze.active_layers"):
         plan_of(anatomies.llama(), 3, strategy=strategy)
+    assert [phase.num_steps for phase in plan_of(anatomies.llama(), 4, strategy=strategy).phases] == [1, 1, 1, 1]
 
 
 # -- gradual unfreezing --------------------------------------------------------------------------------------------

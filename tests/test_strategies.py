@@ -19,6 +19,7 @@ from dsfreeze.errors import UserError
 from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import FREEZE_KEYS, FreezeOptions, Strategy
 from dsfreeze.strategies import ADAPTIVE, STRATEGIES, make_plan
+from dsfreeze.strategies.ends import tied_names
 from dsfreeze.strategies.static import every_nth
 
 
@@ -265,8 +266,25 @@ class TestAdapters:
         assert kinds == ({"qkv_proj"} if strategy == "attention" else {"qkv_proj", "down_proj"})
 
     def test_unknown_category(self):
-        with pytest.raises(UserError, match="gat"):
+        with pytest.raises(UserError, match=r"freeze.adapter.categories names 'gat'.*Did you mean 'gate'"):
             plan_of(anatomies.llama(), adapter={"categories": ["gat"]})
+
+    def test_no_category(self):
+        with pytest.raises(UserError, match=r"none of the categories \(none\) is among"):
+            plan_of(anatomies.llama(), adapter={"categories": []})
+
+    @pytest.mark.parametrize("granularity", ["layer", "matrix"])
+    def test_what_takes_turns_holds_adapters(self, granularity):
+        """Oracle: by hand: two layers of seven matrices; with q and v adapted, layers take turns or four matrices."""
+        options = FreezeOptions(strategy="badam", switch_every=1, order="ascending", granularity=granularity,
+                                adapter={"categories": ["q", "v"]})  # fmt: skip
+        plan = make_plan(anatomies.llama(depth=2), options, 8)
+        turns = [{name.rpartition(".lora_")[0] for name in phase.trainable} for phase in plan.phases[:4]]
+        q, v = (f"model.layers.{{}}.self_attn.{name}_proj" for name in "qv")
+        by_layer = [{q.format(i), v.format(i)} for i in (0, 1)]
+        by_matrix = [{q.format(0)}, {v.format(0)}, {q.format(1)}, {v.format(1)}]
+        assert turns == (by_layer * 2 if granularity == "layer" else by_matrix)
+        assert not any("packed expert" in note for note in plan.notes)
 
     @pytest.mark.parametrize("strategy", ["norms", "bitfit"])
     def test_nothing_to_sit_on(self, strategy):
@@ -360,6 +378,20 @@ def test_a_model_without_what_a_strategy_trains(strategy, told):
 def test_above_one_half_an_offset_counts_for_what_trains():
     """Oracle: by hand: of twelve, every fourth from the second trains, 1, 5 and 9."""
     assert frozen_layers(DEEP, strategy="interval", fraction=0.75, offset=1) == set(range(12)) - {1, 5, 9}
+
+
+@pytest.mark.parametrize(
+    ("aliases", "head"),
+    [
+        (("lm_head.weight",), "lm_head.weight"),
+        (("lm_head.weight", "decoder.embed_tokens.weight"), "lm_head.weight"),
+        (("decoder.embed_tokens.weight", "embed_out.weight", "encoder.embed_tokens.weight"), "embed_out.weight"),
+        (("a.weight", "b.weight"), "b.weight"),
+    ],
+)
+def test_a_tied_matrix_is_named_as_the_head_that_it_is(aliases, head):
+    tied = Tensor("model.embed_tokens.weight", (4, 4), "embed", 32, aliases)
+    assert tied_names(tied) == (head, "model.embed_tokens.weight")
 
 
 def test_packed_experts_take_no_adapter():
