@@ -16,7 +16,7 @@ import anatomies
 import pytest
 import yaml
 
-from dsfreeze.anatomy import Anatomy
+from dsfreeze.anatomy import Anatomy, load_shipped
 from dsfreeze.errors import UserError
 from dsfreeze.plan import FreezePlan
 from dsfreeze.ranking import spearman
@@ -665,6 +665,18 @@ def test_a_run_that_ends_before_the_first_decision(strategy):
     )
     with pytest.raises(UserError, match=told):
         run(strategy, num_steps=first, **QUICK[strategy])
+
+
+@pytest.mark.parametrize("strategy", ADAPTIVE)
+def test_what_is_told_of_ends_and_adapters(strategy):
+    """Oracle: the note of a tied head, and that of packed experts."""
+    tied = run(strategy, anatomies.llama(tied=True), **QUICK[strategy]).plan
+    whether = "train" if "model.embed_tokens.weight" in tied.phases[0].trainable else "are frozen"
+    assert f"lm_head.weight is tied to model.embed_tokens.weight: they {whether} as one" in tied.notes
+    experts = load_shipped("qwen3-235b-a22b")
+    plan = run(strategy, experts, adapter={}, **QUICK[strategy]).plan
+    assert (plan.strategy, plan.adapter.kind) == (strategy, "lora")
+    assert sum("packed expert tensors take no adapter" in note for note in plan.notes) == 1
 
 
 @pytest.mark.parametrize("strategy", ADAPTIVE)

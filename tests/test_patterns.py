@@ -106,6 +106,8 @@ def test_a_tasks_own_head_trains_unless_told():
         ("layers.12", r"layers\.0 to layers\.11"),
         ("layers.2.self_atn.q_proj", r"layers\.2\.self_attn\.q_proj"),
         ("layers.[", "unfinished bracket"),
+        ("layers.[]", "unfinished bracket"),
+        ("layers.[!]", "unfinished bracket"),
         ("layers..1", "empty component"),
         ("", "empty component"),
         ("Layers.1", "layers.1"),
@@ -155,6 +157,12 @@ class TestOtherSpellings:
         found, notes = match_regexes(DEEP, ["model.layers.1"])
         assert layers(DEEP, found) == {"layers.1", "layers.10", "layers.11"}
         assert notes[0].startswith("'model.layers.1' also matches model.layers.10.")
+
+    def test_one_note_does_not_displace_another(self):
+        anatomy = anatomies.llama(depth=12, labels=2)
+        notes = make_plan(anatomy, FreezeOptions(unfrozen_parameters=["model.layers.1"])).notes
+        assert notes[0].startswith("'model.layers.1' also matches")
+        assert notes[1] == "the task's new head trains too; freeze.head=freeze would keep its random start"
 
     @pytest.mark.parametrize("pattern", ["^model.embed_tokens.weight$[:32000]", "model.embed_tokens.weight[10:20]"])
     def test_row_ranges_are_refused_with_the_reason(self, pattern):

@@ -357,6 +357,15 @@ def test_the_kind_of_adapter_is_the_strategys(kind):
     assert plan_of(anatomies.llama(), strategy=kind).adapter.kind == kind
 
 
+@pytest.mark.parametrize("strategy", ["full", "head"])
+@pytest.mark.parametrize(("given", "told"), [({"fraction": 0.5}, "fraction"), ({"count": 3}, "count"), ({}, None)])
+def test_a_number_that_means_nothing_is_dropped_and_said(strategy, given, told):
+    anatomy = anatomies.llama(labels=2)
+    plan = plan_of(anatomy, strategy=strategy, **given)
+    expected = (f"freeze.{told} has no meaning for '{strategy}' and is not used",) if told else ()
+    assert (plan.notes, plan.phases) == (expected, plan_of(anatomy, strategy=strategy).phases)
+
+
 def test_the_only_layer_can_freeze():
     assert frozen_layers(anatomies.llama(depth=1), strategy="interval", count=1) == {0}
 
