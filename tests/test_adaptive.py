@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -745,6 +745,17 @@ def test_measurements_that_are_no_numbers(strategy):
     with pytest.raises(UserError, match="diverged") as caught:
         subject.decide(broken)
     assert any(f"of {name} by step {broken.step} is not finite (nan)" in str(caught.value) for name in subjects)
+
+
+@pytest.mark.parametrize("field", ["l1", "l2", "squared"])
+def test_a_gradient_of_which_one_figure_is_no_number(field):
+    subject = run("tang_like", **QUICK["tang_like"])
+    whole = Gradient(1.0, 1.0, 1.0, 1)
+    measured = dict.fromkeys(subject.trained, whole) | {
+        LLAMA.blocks[1].tensors[0].name: replace(whole, **{field: math.inf})
+    }
+    with pytest.raises(UserError, match=r"What was measured of model\.layers\.1\..* is not finite"):
+        subject.decide(Evidence(subject.plan.decide_at, gradients=measured))
 
 
 def test_masters_are_dropped_where_state_is():

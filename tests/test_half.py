@@ -587,6 +587,34 @@ def test_what_is_told_of_routers(level, told):
     assert (routers in notes) == (level != "layer")
 
 
+PACKED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+def experts_that_train(plan: FreezePlan) -> list[tuple[bool, ...]]:
+    """Of each layer of the packed model: whether gate and up train, whether down does."""
+    names = set(plan.phases[0].trainable)
+    return [tuple(f"model.layers.{i}.{part}" in names for part in PACKED) for i in range(94)]
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_packed_experts_train_their_larger_half_in_half_of_the_layers(scored, tmp_path):
+    """Oracle: by hand. Either gate and up or down; by scores gate and up where they are above down by most, not where they are highest: here in
+    the upper half, whose own scores are lower, and down's by more."""
+    anatomy, options = load_shipped("qwen3-235b-a22b"), {}
+    if scored:
+        scores = {t.name: 1.0 for t in anatomy.block_tensors}
+        for layer, block in enumerate(anatomy.blocks):
+            larger, smaller = (f"{block.path}.{part}" for part in PACKED)
+            scores[larger], scores[smaller] = (9.0, 8.5) if layer < 47 else (2.0, 0.5)
+        (tmp_path / "scores.json").write_text(json.dumps({"scores": scores}))
+        options["scores"] = tmp_path / "scores.json"
+    found = experts_that_train(plan_of(anatomy, **options))
+    assert set(found) == {(True, False), (False, True)}
+    assert sum(larger for larger, _ in found) == 47
+    if scored:
+        assert found == [(False, True)] * 47 + [(True, False)] * 47
+
+
 def test_scores_of_another_model_are_refused(tmp_path):
     anatomy = anatomies.llama(depth=4)
     path = tmp_path / "scores.json"

@@ -158,6 +158,15 @@ class TestOtherSpellings:
         assert layers(DEEP, found) == {"layers.1", "layers.10", "layers.11"}
         assert notes[0].startswith("'model.layers.1' also matches model.layers.10.")
 
+    def test_a_head_that_is_named_is_not_remarked_upon(self):
+        anatomy = anatomies.llama(labels=2)
+        for named in (
+            {"frozen": ["head"]},
+            {"trainable": ["layers.3", "head"]},
+            {"trainable": ["layers.3"], "frozen": ["head"]},
+        ):
+            assert not any("new head" in note for note in make_plan(anatomy, FreezeOptions(**named)).notes)
+
     def test_one_note_does_not_displace_another(self):
         anatomy = anatomies.llama(depth=12, labels=2)
         notes = make_plan(anatomy, FreezeOptions(unfrozen_parameters=["model.layers.1"])).notes

@@ -59,7 +59,9 @@ def test_a_tied_head_goes_with_the_embedding_and_it_is_said():
 
 @pytest.mark.parametrize("strategy", ["sweep", "gradual_unfreezing"])
 def test_a_run_too_short_for_its_stages(strategy):
-    with pytest.raises(UserError, match=r"has 4 .*only 3 steps.*train.max_steps or freeze.active_layers"):
+    parts = "stages" if strategy == "gradual_unfreezing" else "places for its window"
+    told = rf"has 4 {parts}, but .*only 3 steps.*train.max_steps or freeze.active_layers"
+    with pytest.raises(UserError, match=told):
         plan_of(anatomies.llama(), 3, strategy=strategy)
     assert [phase.num_steps for phase in plan_of(anatomies.llama(), 4, strategy=strategy).phases] == [1, 1, 1, 1]
 
@@ -85,7 +87,8 @@ def test_what_is_told_of_stages():
     """Oracle: by hand: 4 places of 10 steps settle, 1 / (1 - beta1) = 10, those of 9 do not; 4 stages of 5 steps are not reached in 15."""
     anatomy = anatomies.llama()
     few = "9 steps at a place are few: Adam's first ones are about lr * sign(gradient)"
-    assert few in plan_of(anatomy, 36, strategy="sweep").notes
+    window = "a window of 1 slides over 4 units, 4 places of 9 steps or one more"
+    assert plan_of(anatomy, 36, strategy="sweep").notes[:2] == (window, few)
     assert not any("are few" in note for note in plan_of(anatomy, 40, strategy="sweep").notes)
     unreached = "the run ends before the last stages: its bottom layers never train"
     assert unreached in plan_of(anatomy, 15, strategy="gradual_unfreezing", switch_every=5).notes
@@ -94,6 +97,14 @@ def test_what_is_told_of_stages():
     tied = plan_of(anatomies.llama(tied=True), 36, strategy="sweep").notes
     assert few in tied
     assert any("only while layers.0" in note for note in tied), "one remark does not displace another"
+
+
+@pytest.mark.parametrize("strategy", ["sweep", "gradual_unfreezing", "freezeout"])
+def test_beside_adapters_no_end_of_the_model_trains(strategy):
+    plan = plan_of(anatomies.llama(), 40, strategy=strategy, adapter={})
+    assert all(".lora_" in name for name in plan.ever_trained)
+    new_head = plan_of(anatomies.llama(labels=2), 40, strategy=strategy, adapter={})
+    assert {name for name in new_head.ever_trained if ".lora_" not in name} == {"score.weight"}
 
 
 def test_nothing_that_trains_stops_again():

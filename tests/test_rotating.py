@@ -158,6 +158,10 @@ def test_weights_are_of_this_model_and_named_by_their_file(scores):
     other = scores(json.dumps({"model": "another", "scores": {f"layers.{i}": 1.0 for i in range(5)}}))
     with pytest.raises(UserError, match=rf"'{other}' has no score for layers.5"):
         plan_of(anatomy, strategy="owlore", scores=other)
+    model = {"name": "mine", "layers": 6, "digest": "of another"}
+    named = scores(json.dumps({"model": model, "scores": {f"layers.{i}": 1.0 for i in range(6)}}))
+    with pytest.raises(UserError, match="was made for mine with 6 layers"):
+        plan_of(anatomy, strategy="owlore", scores=named)
     with pytest.raises(UserError, match="only 4 of 6 units"):
         plan_of(anatomy, strategy="owlore", scores=scores({f"layers.{i}": float(i < 4) for i in range(6)}))
 
