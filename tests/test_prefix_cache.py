@@ -89,6 +89,7 @@ def test_nothing_changes_to_the_last_bit_with_fixed_shapes(tmp_path, task, tier)
     assert told["evaluation_hits"] == told["evaluation_examples"] * 3 // 4, "all evaluations but the first"
 
 
+@pytest.mark.slow
 def test_what_is_told_does_not_grow_with_the_turns_of_a_plan(tmp_path):
     """Oracle: a layer of four trains at a time, so that there are four places to cut, whatever the number of turns; each has its sentence,
     with the visits that were left when it was first met."""

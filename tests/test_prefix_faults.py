@@ -387,6 +387,7 @@ def test_a_plan_without_a_prefix_says_so_and_trains(tmp_path):
     assert found == pytest.approx(run(tmp_path, "off", freeze={"strategy": "full", "fraction": None})[0], rel=1e-7)
 
 
+@pytest.mark.slow
 def test_the_final_table_tells_hits_and_saving(tmp_path):
     from dsfreeze.tables import summary_table
 

@@ -204,6 +204,7 @@ def test_what_is_no_credential_stays(text: str) -> None:
     assert redact(text) == text
 
 
+@pytest.mark.slow
 def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     everything(tmp_path / "runs")
     pages = []

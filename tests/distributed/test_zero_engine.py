@@ -121,6 +121,7 @@ def one_process():
         return results
 
 
+@pytest.mark.slow
 def test_one_process_needs_no_launcher():
     """Oracle: LocalEngine. Without RANK, WORLD_SIZE and a port in the environment, twice over in one process."""
     wanted = train_steps(make_local("bottom"), 0, 3)
