@@ -29,6 +29,8 @@ from dsfreeze.plan import FreezePlan
 from dsfreeze.recipe import FreezeOptions
 from dsfreeze.strategies import half as module
 from dsfreeze.strategies import make_plan
+from dsfreeze.strategies.counts import half_of
+from dsfreeze.strategies.pools import NORM_POOL, Part, Piece, Pool
 from dsfreeze.tables import summary_table
 
 SMALL = {
@@ -585,6 +587,30 @@ def test_what_is_told_of_routers(level, told):
     routers = "94 tensors of the layers that are neither (routers and the like) train"
     assert told in notes
     assert (routers in notes) == (level != "layer")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "numbers"),
+    [
+        ((4, 4, 4, 2), [(4, 3, 2), (2, 1, 0)]),
+        ((4, 2, 2, 2), [(4, 1, 1), (2, 3, 1)]),
+        ((2, 4), [(4, 1, 1), (2, 1, 0)]),
+        ((4, 4, 2, 2), [(4, 2, 1), (2, 2, 1)]),
+        ((8, 4, 2), [(8, 1, 1), (4, 1, 0), (2, 1, 0)]),
+    ],
+)
+def test_norms_of_several_sizes(sizes, numbers):
+    """Oracle: by hand, (size, norms of it, of which train): half of all norms, rounded down; of what halves of the sizes leave over the largest
+    sizes have one each. Without fairness any of them are drawn."""
+    parts = tuple(
+        Part(f"{i}", "norm", (Piece(Tensor(f"{i}", (size,), "norm")),), (f"{i}",)) for i, size in enumerate(sizes)
+    )
+    pool = Pool(NORM_POOL, parts)
+    groups = half_of(pool, "layers.0", more=False, paired=False, fair=True)
+    assert [(group.parts[0].numel, len(group.parts), group.number) for group in groups] == numbers
+    assert {(group.where, group.kind) for group in groups} == {("layers.0", NORM_POOL)}
+    (any_of_them,) = half_of(pool, "layers.0", more=True, paired=False, fair=False)
+    assert (any_of_them.parts, any_of_them.number) == (parts, len(sizes) // 2)
 
 
 PACKED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
