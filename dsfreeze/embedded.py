@@ -10,7 +10,6 @@ import hashlib
 import os
 import shutil
 import socket
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dsfreeze.errors import UserError
+from dsfreeze.screen import screen
 
 #: Part of every cache folder's name; raise it when the conversion changes.
 CACHE_FORMAT = 1
@@ -85,7 +85,7 @@ def gguf_folder(file: Path, name: str | None = None, check: tuple[str, str] | No
     folder = cache_folder() / f"{name or file.stem}-{key}-{CACHE_FORMAT}"
 
     def convert(aside: Path) -> None:
-        print(f"Converting {file.name} into {folder}, once ...", file=sys.stderr)
+        screen(soft_wrap=True).print(f"Converting {file.name} into {folder}, once ...", highlight=False, markup=False)
         from dsfreeze.gguf_conversion import convert_gguf
 
         convert_gguf(file, aside, check)

@@ -38,9 +38,9 @@ def _partial_checkpointing(trainer: Trainer, _: FreezePlan) -> bool:
 
 
 def _is_ddp(trainer: Trainer, plan: FreezePlan) -> bool:
-    # of a single rank too, which torchrun starts as it starts several
-    distributed = trainer.args.parallel_mode is ParallelMode.DISTRIBUTED
-    return distributed and not trainer.is_deepspeed_enabled and moves(plan)
+    # DISTRIBUTED is of a single rank too, which torchrun starts as it starts several
+    wrapped = trainer.args.world_size > 1 or trainer.args.parallel_mode is ParallelMode.DISTRIBUTED
+    return wrapped and not trainer.is_deepspeed_enabled and moves(plan)
 
 
 def _pushes_checkpoints(trainer: Trainer, _: FreezePlan) -> bool:
